@@ -1,0 +1,5 @@
+"""Averages of the iterates of SGD."""
+
+from inference.averaging.swag import SWAG
+
+__all__ = ["SWAG"]

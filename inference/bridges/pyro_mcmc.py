@@ -1,0 +1,107 @@
+"""Pyro's own MCMC kernels on the same model: exact, slow, and the twin that our samplers are tested against.
+
+The model runs through Pyro's handlers at every leapfrog step, one chain after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pyro
+import pyro.infer.mcmc
+import torch
+from torch import Tensor
+
+from inference.backend import Backend, Run, check_integer
+from inference.bridges.pyro_guide import conditioned_model
+from inference.errors import DivergenceWarning
+from inference.posterior import DrawsPosterior, Posterior
+from inference.target import Target
+from inference.tracing import isolated
+
+
+@dataclass(frozen=True)
+class PyroMCMC(Backend):
+    """Pyro's MCMC with one of its kernels.
+
+    Attributes:
+        kernel: Name or class of a kernel of ``pyro.infer.mcmc``: "NUTS", "HMC", "RandomWalkKernel".
+        options: Keyword arguments of the kernel, such as ``{"max_tree_depth": 6}``.
+        num_samples: Draws per chain.
+        warmup_steps: Warm-up draws per chain.
+        num_chains: Number of chains, run one after another.
+    """
+
+    kernel: str | Callable[..., Any] = "NUTS"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_samples: int = 1000
+    warmup_steps: int = 1000
+    num_chains: int = 1
+
+    family: ClassVar[str] = "bridges"
+    bias: ClassVar[str] = "asymptotically exact; runs at Pyro's speed"
+    reference: ClassVar[str] = "Bingham et al. 2019"
+    needs: ClassVar[frozenset[str]] = frozenset({"gradients", "full batch"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"chains"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self, "num_samples", "num_chains")
+        check_integer(self, "warmup_steps", minimum=0)
+        if isinstance(self.kernel, str) and not hasattr(pyro.infer.mcmc, self.kernel):
+            raise ValueError(f"pyro.infer.mcmc has no {self.kernel!r}; try 'NUTS', 'HMC' or 'RandomWalkKernel'")
+        name = getattr(self.kernel, "__name__", "")
+        if getattr(pyro.infer.mcmc, name, None) is self.kernel:
+            object.__setattr__(self, "kernel", name)  # so that the repr re-creates it
+
+    def fit_target(self, target: Target, run: Run) -> Posterior:
+        """Run the chains.
+
+        Args:
+            target: The target.
+            run: The run.
+
+        Returns:
+            Draws, (C, S, P).
+        """
+        starts = target.initial(self.num_chains, run.seed, run.init)
+        chains, divergences = [], 0
+        with run.bar(self.num_chains, "PyroMCMC chains") as bar:
+            for chain, start in enumerate(starts):
+                draws, bad = self._chain(target, start, run, run.seed + 104_729 * chain)
+                chains.append(draws)
+                divergences += bad
+                bar.advance()
+        run.info.extra["divergences"] = divergences
+        if divergences:
+            run.warn(DivergenceWarning, f"{divergences} of {self.num_samples * self.num_chains} draws diverged")
+        return DrawsPosterior(target, torch.stack(chains), backend=self, info=run.info)
+
+    def _chain(self, target: Target, start: Tensor, run: Run, seed: int) -> tuple[Tensor, int]:
+        make = getattr(pyro.infer.mcmc, self.kernel) if isinstance(self.kernel, str) else self.kernel
+        initial = {s.name: start[s.start : s.stop].reshape(s.unconstrained_shape) for s in target.sites}
+        calls = 0
+
+        def counted(x: Any, y: Any = None) -> Any:
+            nonlocal calls
+            calls += 1
+            return model(x, y)
+
+        with isolated(target.dtype):
+            pyro.set_rng_seed(seed % 2**32)
+            model = conditioned_model(target)
+            mcmc = pyro.infer.MCMC(
+                make(counted, **self.options),
+                num_samples=self.num_samples,
+                warmup_steps=self.warmup_steps,
+                initial_params=initial,
+                disable_progbar=True,
+            )
+            mcmc.run(target.x, target.y)
+            samples = mcmc.get_samples()
+            divergences = mcmc.diagnostics().get("divergences", {})
+        run.count(calls)
+        draws = target.ravel({s.name: samples[s.name] for s in target.sites})
+        return draws, sum(len(v) for v in divergences.values())

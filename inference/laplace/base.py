@@ -1,0 +1,183 @@
+r"""What all Laplace approximations share: :math:`q(\theta) = N(\theta^*, \Lambda^{-1})` at a mode, and its evidence.
+
+.. math::
+    \Lambda = \left(H / T_l + A\right) / T, \qquad
+    \log p(D) \approx \log p(D, \theta^*) + \tfrac{P}{2} \log 2\pi - \tfrac12 \log\det \Lambda
+
+with H a curvature of the negative log likelihood summed over the data and A the prior's, both in unconstrained space
+(MacKay 1992; Daxberger et al. 2021, "Laplace Redux"). Structures differ in how much of :math:`\Lambda` they keep.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from inference.backend import Backend, Run, check_integer
+from inference.distributions import FlatGaussian
+from inference.errors import ApproximationWarning
+from inference.laplace.mode import energy_of, find_mode
+from inference.point import MAP
+from inference.posterior import GaussianPosterior
+from inference.target import Target
+
+Notes = list[str]
+"""What an approximation had to do to a curvature, in words for a warning."""
+
+_MAX_HESSIAN_DIM = 5_000
+# Of the Newton decrement per parameter: a root mean square distance to the mode of 0.3 posterior standard deviations.
+_MAX_DECREMENT = 0.1
+_MAX_SAMPLED_LOSS = 0.5
+_CHECK_DRAWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laplace(Backend):
+    """Base of the Laplace backends.
+
+    Attributes:
+        curvature: H: "ggn" (generalised Gauss-Newton), "hessian" (exact, its negative eigenvalues set to 0, P <= 5,000)
+            or "fisher" (empirical: vanishes where the data are interpolated).
+        predictive: "linearized" (the network's outputs are linear in theta around the mode) or "sampled" (the network
+            itself at draws of theta, which underfits with a GGN).
+        start: How the mode is reached from the starting point; None takes `init` itself as the mode.
+        polish_steps: Full-data L-BFGS steps after `start`, so that the mode is one; 0 for none.
+    """
+
+    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    predictive: Literal["linearized", "sampled"] = "linearized"
+    start: MAP | None = field(default_factory=MAP)
+    polish_steps: int = 200
+
+    family: ClassVar[str] = "laplace"
+    needs: ClassVar[frozenset[str]] = frozenset({"gradients", "full batch"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"log_density", "log_evidence", "temperature"})
+
+    def __post_init__(self) -> None:
+        """Check the choices and counts.
+
+        Raises:
+            ValueError: If a field is out of its range.
+        """
+        super().__post_init__()
+        check_integer(self, "polish_steps", minimum=0)
+        if self.curvature not in ("ggn", "hessian", "fisher"):
+            raise ValueError(f'`curvature` must be "ggn", "hessian" or "fisher", got {self.curvature!r}')
+        if self.predictive not in ("linearized", "sampled"):
+            raise ValueError(f'`predictive` must be "linearized" or "sampled", got {self.predictive!r}')
+        if self.start is not None and not isinstance(self.start, MAP):
+            raise ValueError(f"`start` must be a MAP backend or None, got {self.start!r}")
+
+    def fit_target(self, target: Target, run: Run) -> GaussianPosterior:
+        """Find the mode, take the curvature there, check both.
+
+        Args:
+            target: The tempered target.
+            run: The fit in progress.
+
+        Returns:
+            The Gaussian posterior, with a log evidence unless a temperature differs from 1 (a tempered joint density
+            does not integrate to the evidence).
+        """
+        self._check_target(target)
+        mode = find_mode(target, run, self.start, self.polish_steps)
+        gaussian, notes = self.refine(target, mode, run)
+        for note in notes:
+            run.warn(ApproximationWarning, note)
+        log_density = self._check_mode(target, gaussian, run)
+        untempered = target.temperature == 1 and target.likelihood_temperature == 1
+        evidence = log_density - float(gaussian.log_prob(gaussian.loc)) if untempered else None
+        if self.predictive == "sampled":
+            _check_sampled_predictive(target, gaussian, run)
+        return GaussianPosterior(
+            target,
+            gaussian,
+            backend=self,
+            info=run.info,
+            log_evidence=evidence,
+            linearized=self.predictive == "linearized",
+        )
+
+    @abstractmethod
+    def approximate(self, target: Target, theta: Tensor, run: Run) -> tuple[FlatGaussian, Notes]:
+        """Take the curvature at a point.
+
+        Args:
+            target: The tempered target.
+            theta: The mode, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            The Gaussian, and what had to be done to the curvature to get it.
+        """
+
+    def refine(self, target: Target, theta: Tensor, run: Run) -> tuple[FlatGaussian, Notes]:
+        """Take the curvature at the mode, moving the mode where the curvature can tell how.
+
+        Args:
+            target: The tempered target.
+            theta: The mode as found so far, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            As `approximate`; here, exactly that.
+        """
+        return self.approximate(target, theta, run)
+
+    def _check_target(self, target: Target) -> None:
+        if self.curvature == "hessian" and target.dim > _MAX_HESSIAN_DIM:
+            raise ValueError(
+                f'curvature="hessian" costs P products with the full data and is for P <= {_MAX_HESSIAN_DIM:,}, '
+                f'got P = {target.dim:,}: use curvature="ggn", or Subset(..., sites=...) for a part of the network'
+            )
+        if self.curvature == "ggn" or self.predictive == "linearized":
+            _ = target.family().eta_names  # a likelihood without a closed form is refused before the work, not after
+
+    def _check_mode(self, target: Target, gaussian: FlatGaussian, run: Run) -> float:
+        """Log density at the mode; how far off it is goes to the record, and to a warning where it matters."""  # noqa: DOC201
+        value, gradient = energy_of(target, run)(gaussian.loc)
+        decrement = float(gradient @ gaussian.covariance_times(gradient))
+        run.info.extra |= {
+            "log_density_at_mode": float(value),
+            "gradient_norm": float(gradient.norm()),
+            "newton_decrement": decrement,
+        }
+        if not decrement <= _MAX_DECREMENT * target.dim:
+            run.warn(
+                ApproximationWarning,
+                f"not at a mode: the Newton decrement g^T (H + A)^-1 g is {decrement:.3g} instead of 0 (weights are "
+                f"off by {(decrement / target.dim) ** 0.5:.2g} posterior standard deviations, root mean square) and "
+                f"the gradient norm {gradient.norm():.3g}; covariance and evidence assume a mode: raise `start`'s "
+                "num_steps or `polish_steps`, or give another `init`",
+            )
+        return float(value)
+
+
+def _check_sampled_predictive(target: Target, gaussian: FlatGaussian, run: Run) -> None:
+    # Draws from a Gaussian no longer fit where the network is far from linear within it: measured, not assumed.
+    draws = gaussian.sample(_CHECK_DRAWS, run.stream(1))
+    at_draws = torch.stack([target.log_likelihood(draw) for draw in draws])  # (S, N)
+    mixture = (at_draws.logsumexp(0) - torch.tensor(float(_CHECK_DRAWS)).log()).mean()
+    loss = float(target.log_likelihood(gaussian.loc).mean() - mixture)
+    run.info.extra["sampled_loss_per_datum"] = loss
+    if not loss <= _MAX_SAMPLED_LOSS:
+        run.warn(
+            ApproximationWarning,
+            f"draws from this Gaussian fit the training data worse than the mode by {loss:.3g} nats per datum; "
+            'predictive="linearized" does not have this problem',
+        )
+
+
+def site_of(target: Target, index: int) -> str:
+    """Name of the site an entry of theta belongs to.
+
+    Args:
+        target: The target.
+        index: Position in theta.
+
+    Returns:
+        The site's name.
+    """
+    return next(site.name for site in target.sites if site.start <= index < site.stop)

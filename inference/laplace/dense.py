@@ -1,0 +1,162 @@
+r"""Laplace with the full covariance: exact on linear-Gaussian models, P^2 memory and P^3 time.
+
+The precision :math:`\Lambda = H + A` is factorised once, :math:`\Lambda = L L^\top`; a draw is
+:math:`\theta^* + L^{-\top} \epsilon`. After L-BFGS the mode is moved by Newton steps
+:math:`\Lambda^{-1} \nabla \log p`, each with its curvature taken anew, until the Newton decrement is at rounding error.
+References: MacKay (1992); Daxberger et al. (2021).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from inference import curvature as curvatures
+from inference.backend import Run, check_integer
+from inference.distributions import DenseGaussian
+from inference.laplace.base import Laplace, Notes, site_of
+from inference.laplace.memory import require_memory
+from inference.laplace.mode import climb, energy_of
+from inference.target import Target
+
+# H, the precision, its Cholesky factor and the factorisation's or the eigensolver's workspace, in float64.
+_MATRICES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLaplace(Laplace):
+    """Gaussian at the mode with the full inverse curvature as covariance.
+
+    Attributes:
+        newton_steps: Most Newton steps after `polish_steps`; each takes the curvature once more. They end early where
+            they do not converge quadratically, as far from a mode.
+    """
+
+    newton_steps: int = 20
+
+    bias: ClassVar[str] = "exact on linear-Gaussian models; elsewhere one mode, with its curvature as its only width"
+    reference: ClassVar[str] = "mackay1992"
+
+    def __post_init__(self) -> None:
+        """Check the number of Newton steps."""
+        super().__post_init__()
+        check_integer(self, "newton_steps", minimum=0)
+
+    def approximate(self, target: Target, theta: Tensor, run: Run) -> tuple[DenseGaussian, Notes]:
+        """Take the dense curvature at a point.
+
+        Args:
+            target: The tempered target.
+            theta: The mode, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            The Gaussian, and what had to be clipped.
+
+        Raises:
+            ValueError: If the precision is not positive definite.
+        """
+        likelihood, notes = self._likelihood_curvature(target, theta, run)
+        likelihood = likelihood / target.likelihood_temperature
+        prior = curvatures.prior_precision(target, theta)
+        factor, failed = torch.linalg.cholesky_ex(_plus(likelihood, prior))
+        if failed and _has_negative_curvature(prior):
+            prior, count, smallest = _clip(prior)
+            notes = [
+                *notes,
+                f"the prior's curvature has {count} negative eigenvalues (smallest {smallest:.3g}), set to 0; "
+                "Laplace is rough here: sample the scales of hierarchical priors with NUTS, or fix them with Subset",
+            ]
+            factor, failed = torch.linalg.cholesky_ex(_plus(likelihood, prior))
+        if failed:
+            raise ValueError(_not_positive_definite(target, _plus(likelihood, prior)))
+        factor = (factor / target.temperature**0.5).to(target.dtype)
+        return DenseGaussian(theta, precision_tril=factor), notes
+
+    def refine(self, target: Target, theta: Tensor, run: Run) -> tuple[DenseGaussian, Notes]:
+        """Newton steps from the mode found so far; the curvature returned is the one at the mode returned.
+
+        Args:
+            target: The tempered target.
+            theta: The mode as found so far, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            As `approximate`.
+        """
+        gaussian, notes = self.approximate(target, theta, run)
+        energy = energy_of(target, run)
+        previous = float("inf")
+        for _ in range(self.newton_steps if self.start is not None else 0):
+            value, gradient = energy(gaussian.loc)
+            step = gaussian.covariance_times(gradient)
+            decrement = float(gradient @ step)
+            if decrement <= torch.finfo(target.dtype).eps or decrement > 0.5 * previous:
+                break
+            previous = decrement
+            higher = climb(gaussian.loc, value, step, energy)
+            if higher is None:
+                break
+            gaussian, notes = self.approximate(target, higher, run)
+        return gaussian, notes
+
+    def _check_target(self, target: Target) -> None:
+        super()._check_target(target)
+        require_memory(
+            _MATRICES * 8 * target.dim**2,
+            f"DenseLaplace of P = {target.dim:,} parameters ({_MATRICES} float64 matrices of P x P)",
+            "use DiagonalLaplace, or Subset(DenseLaplace(), sites=...) for a part of the network",
+            target.device,
+        )
+
+    def _likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
+        with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
+            if self.curvature == "ggn":
+                run.count(target.eta(theta, target.x).shape[-1])
+                return curvatures.ggn(target, theta, advance=bar.advance), []
+            if self.curvature == "fisher":
+                run.count(1)
+                return curvatures.empirical_fisher(target, theta, advance=bar.advance), []
+            run.count(2 * target.dim)
+            matrix = curvatures.hessian(target, theta, advance=bar.advance)
+        matrix, count, smallest = _clip(matrix)
+        if not count:
+            return matrix, []
+        note = (
+            f"the exact Hessian of the likelihood has {count} negative eigenvalues (smallest {smallest:.3g}), set to 0"
+        )
+        return matrix, [note]
+
+
+def _plus(likelihood: Tensor, prior: Tensor) -> Tensor:
+    return likelihood + (prior.diag() if prior.dim() == 1 else prior)
+
+
+def _has_negative_curvature(prior: Tensor) -> bool:
+    return bool((prior < 0).any()) if prior.dim() == 1 else True
+
+
+def _clip(matrix: Tensor) -> tuple[Tensor, int, float]:
+    # Negative eigenvalues set to 0: the matrix, how many there were and the smallest. Rounding errors do not count.
+    if matrix.dim() == 1:
+        return matrix.clamp_min(0), int((matrix < 0).sum()), matrix.min().item()
+    tolerance = 1e-10 * matrix.diagonal().abs().max()
+    _, indefinite = torch.linalg.cholesky_ex(matrix + tolerance * torch.eye(len(matrix)).to(matrix))
+    if not indefinite:
+        return matrix, 0, 0.0
+    values, vectors = torch.linalg.eigh(matrix)
+    clipped = (vectors * values.clamp_min(0)) @ vectors.mT
+    return 0.5 * (clipped + clipped.mT), int((values < -tolerance).sum()), values[0].item()
+
+
+def _not_positive_definite(target: Target, precision: Tensor) -> str:
+    if not bool(precision.isfinite().all()):
+        return "the curvature at the mode is not finite; give another `init`, or a smaller step_size to `start`"
+    values, vectors = torch.linalg.eigh(precision)
+    site = site_of(target, int(vectors[:, 0].abs().argmax()))
+    return (
+        f"the posterior precision H + A must be positive definite, got a smallest eigenvalue of {values[0].item():.3g} "
+        f"mostly along site {site!r}: neither data nor prior bend the density there; give that site a prior with "
+        "curvature (such as Normal), or leave it out with Subset"
+    )

@@ -1,0 +1,5 @@
+"""Interacting particles."""
+
+from inference.particles.svgd import SVGD
+
+__all__ = ["SVGD"]

@@ -1,0 +1,6 @@
+"""Point estimates: where Laplace, averaging and subspace methods start."""
+
+from inference.point.map import MAP
+from inference.point.subset import Subset
+
+__all__ = ["MAP", "Subset"]

@@ -1,0 +1,68 @@
+r"""Part of the network: any backend on some sites, the rest fixed at a point estimate.
+
+The target is restricted, :math:`p(\theta_A \mid \theta_B = \hat\theta_B, D)`, and nothing else changes. What is fixed
+adds no uncertainty, so variances are those of the conditional, not of the marginal (Daxberger et al. 2021b; Kristiadi
+et al. 2020 for the last layer). A log evidence is conditional on the fixed values and includes their prior density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from inference.backend import Backend, Run
+from inference.point.map import MAP
+from inference.posterior import Posterior
+from inference.target import Target
+
+
+@dataclass(frozen=True)
+class Subset(Backend):
+    """A backend restricted to the sites that match a pattern.
+
+    Attributes:
+        backend: The backend to run on the chosen sites.
+        sites: Site name pattern(s), as in ``fnmatch``: "layers.2.*".
+        rest: Point estimate that supplies the other sites; None takes ``init`` as it is.
+    """
+
+    backend: Backend
+    sites: str | Sequence[str] = field(kw_only=True)
+    rest: Backend | None = field(kw_only=True, default_factory=MAP)
+
+    family: ClassVar[str] = "point"
+    bias: ClassVar[str] = "that of the inner backend; sites outside the subset have no uncertainty"
+    reference: ClassVar[str] = "Daxberger et al. 2021b"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.backend, Backend):
+            raise TypeError(f"`backend` must be a backend such as NUTS(), got {self.backend!r}")
+
+    def fit_target(self, target: Target, run: Run) -> Posterior:
+        """Find the point, restrict the target, run the inner backend there.
+
+        Args:
+            target: Target over all sites.
+            run: The run.
+
+        Returns:
+            Posterior over the chosen sites; its ``sample_sites`` and ``predict`` fill in the rest.
+
+        Raises:
+            ValueError: If neither ``rest`` nor ``init`` gives a point.
+        """
+        if self.rest is None:
+            if run.init is None:
+                raise ValueError("Subset(rest=None) takes the fixed sites from `init`, but none was given")
+            at = target.initial(1, run.seed, run.init)[0]
+        else:
+            at = self.rest.fit_target(target, run.sub(self.rest, run.init)).mean_theta
+        restricted = target.restrict(self.sites, at).tempered(
+            self.backend.temperature, self.backend.likelihood_temperature
+        )
+        inner = run.sub(self.backend, restricted.reduce(at), target=restricted, offset=0)
+        posterior = self.backend.fit_target(restricted, inner)
+        posterior.backend = self
+        return posterior

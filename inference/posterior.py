@@ -1,0 +1,599 @@
+"""What every backend returns: weighted draws, a flat Gaussian, or a mixture of those; each is also a Pyro guide."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import constraints
+
+from inference.backend import FitInfo
+from inference.data import num_data
+from inference.distributions import DenseGaussian, DiagonalGaussian, FlatGaussian, LowRankGaussian
+from inference.errors import CapabilityError
+from inference.linearised import LinearisedSource
+from inference.prediction import DrawSource, Prediction
+from inference.target import Target, check_new_inputs, random_stream
+
+if TYPE_CHECKING:
+    import arviz as az
+
+    from inference.diagnosis import Diagnosis
+
+_GAUSSIANS = {c.__name__: c for c in (DenseGaussian, DiagonalGaussian, LowRankGaussian)}
+_WITH_DENSITY = "MeanFieldVI, DenseLaplace, DiagonalLaplace and SWAG"
+_WITH_EVIDENCE = "DenseLaplace and DiagonalLaplace (and MeanFieldVI as a lower bound)"
+
+
+class Posterior(ABC):
+    """A distribution over theta, tied to the model and data it came from.
+
+    Attributes:
+        target: The compiled model with its training data.
+        backend: The backend that made it (its ``repr`` re-creates it).
+        info: Cost and warnings of the fit.
+        log_evidence_or_none: Log evidence in nats where the method has one.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, target: Target, *, backend: Any, info: FitInfo | None = None, log_evidence: float | None = None) -> None:
+        self.target = target
+        self.backend = backend
+        self.info = info or FitInfo()
+        self.log_evidence_or_none = log_evidence
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(backend={self.backend!r}, P={self.target.dim}, N={self.target.num_data})"
+
+    # -- draws -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def sample(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Draw theta.
+
+        Args:
+            num_samples: Number of draws S.
+            seed: Random seed.
+
+        Returns:
+            (S, P), unconstrained.
+        """
+
+    @property
+    @abstractmethod
+    def mean_theta(self) -> Tensor:
+        """Posterior mean of theta, (P,)."""
+
+    @property
+    def draws(self) -> Tensor:
+        """Draws with their chains, (C, S, P).
+
+        Raises:
+            CapabilityError: If this posterior is not made of draws.
+        """
+        raise CapabilityError(
+            f"a {self.kind} posterior has no chains; call `.sample(num_samples)`, or fit with NUTS, HMC, DeepEnsemble or SVGD"
+        )
+
+    def sample_sites(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
+        """Draw the latent sites.
+
+        Args:
+            num_samples: Number of draws S.
+            seed: Random seed.
+
+        Returns:
+            Constrained values by site name, each (S, *site shape).
+        """
+        return self.target.unravel(self.sample(num_samples, seed))
+
+    # -- densities ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_log_density(self) -> bool:
+        """Whether :meth:`log_density` is available."""
+        return False
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        """Normalised log density of this approximation.
+
+        Args:
+            theta: (..., P).
+
+        Returns:
+            (...) nats.
+
+        Raises:
+            CapabilityError: If the approximation has no density.
+        """
+        raise CapabilityError(
+            f"{type(self.backend).__name__} gives {self.kind}, which have no density; {_WITH_DENSITY} have one"
+        )
+
+    @property
+    def log_evidence(self) -> float:
+        """Log evidence (marginal likelihood) of the data, or its bound, in nats.
+
+        Raises:
+            CapabilityError: If the method gives none.
+        """
+        if self.log_evidence_or_none is None:
+            raise CapabilityError(f"{type(self.backend).__name__} gives no log evidence; {_WITH_EVIDENCE} do")
+        return self.log_evidence_or_none
+
+    # -- predictions and reports ---------------------------------------------------------------------------------------
+
+    def predict(
+        self, x: Any, *, num_samples: int | None = None, seed: int = 0, chunk_size: int | None = None
+    ) -> Prediction:
+        """Predictive distribution at new inputs, noise included.
+
+        Args:
+            x: Inputs like those the posterior was fitted to, every leaf (N, ...).
+            num_samples: Number of mixture components S; None: all draws there are, or 200 for a continuous posterior.
+            seed: Random seed.
+            chunk_size: Draws that advance together; None: sized for the cache.
+
+        Returns:
+            The prediction.
+
+        Raises:
+            ValueError: If x does not fit the model.
+        """
+        x = check_new_inputs(self.target, x)
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
+        thetas, weights = self.components(num_samples, seed)
+        return Prediction(DrawSource(self.target, thetas, weights, x, chunk_size), num_data(x), seed)
+
+    def components(self, num_samples: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Draws and weights for a mixture.
+
+        Args:
+            num_samples: Number of components; None for the posterior's own choice.
+            seed: Random seed.
+
+        Returns:
+            Thetas (S, P) and weights (S,) that sum to one.
+        """
+        thetas = self.sample(num_samples or 200, seed)
+        return thetas, thetas.new_full((thetas.shape[0],), 1 / thetas.shape[0])
+
+    def diagnose(self, x: Any = None) -> Diagnosis:
+        """Is the fit to be trusted? R-hat and ESS of weights and functions, k-hat, divergences.
+
+        Args:
+            x: Probe inputs for the function space; up to 200 training inputs by default.
+
+        Returns:
+            Figures and warnings; printable.
+        """
+        from inference.diagnosis import diagnose
+
+        return diagnose(self, x)
+
+    def to_arviz(self, *, weights: bool = True, num_samples: int | None = None, seed: int = 0) -> az.InferenceData:
+        """Convert to ArviZ.
+
+        Args:
+            weights: Include the latent sites (leave out for large networks).
+            num_samples: Draws of a continuous posterior (default 1000); chains keep all of theirs.
+            seed: Random seed.
+
+        Returns:
+            Groups posterior, posterior_predictive, prior, log_likelihood, observed_data and sample_stats.
+        """
+        from inference.arviz_export import to_inference_data
+
+        return to_inference_data(self, weights=weights, num_samples=num_samples, seed=seed)
+
+    def save(self, path: str | Path, *, overwrite: bool = False, data: bool = True) -> None:
+        """Save to a directory, without pickles; a save that is interrupted leaves an older one readable.
+
+        Args:
+            path: Directory.
+            overwrite: Allow replacing a posterior that is there already.
+            data: Also store the training data, so that ``inference.load(path, model)`` needs nothing else.
+        """
+        from inference.storage import save
+
+        save(self, Path(path), overwrite=overwrite, data=data)
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-serialisable figures and tensors that re-create this posterior, for :mod:`inference.storage`."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+        """Undo :meth:`state`."""
+
+    # -- starting point of another fit -----------------------------------------------------------------------------------
+
+    def starting_points(self, num: int, seed: int, expected: list[tuple[str, tuple[int, ...]]]) -> Tensor:
+        """Full thetas from which another backend may start.
+
+        Args:
+            num: Number of points C.
+            seed: Random seed.
+            expected: Name and shape of every site of the other model.
+
+        Returns:
+            (C, full P): distinct draws where there are any, the same point otherwise.
+
+        Raises:
+            ValueError: If this posterior belongs to another model.
+        """
+        own = [(s.name, s.shape) for s in self.target.all_sites]
+        for mine, other in zip(own, expected, strict=False):
+            if mine != other:
+                raise ValueError(
+                    f"`init` belongs to another model: its site {mine[0]!r} has shape {mine[1]}, where this model has "
+                    f"{other[0]!r} with shape {other[1]}"
+                )
+        if len(own) != len(expected):
+            raise ValueError(f"`init` belongs to another model: it has {len(own)} sites, this model {len(expected)}")
+        return self.target.expand(self._starts(num, seed))
+
+    def _starts(self, num: int, seed: int) -> Tensor:
+        return self.sample(num, seed)
+
+    # -- Pyro guide --------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Act as a Pyro guide: sample one flat auxiliary site and unpack it into the model's latent sites."""
+        theta = pyro.sample("_posterior_theta", _ThetaDistribution(self), infer={"is_auxiliary": True})
+        full = self.target.expand(theta)
+        values = {}
+        for site in self.target.all_sites:
+            unconstrained = full[..., site.start : site.stop]
+            lead = full.shape[:-1] + (1,) * (site.event_dim + len(site.unconstrained_shape) - len(site.shape))
+            shape = torch.broadcast_shapes(site.unconstrained_shape, lead)
+            unconstrained = unconstrained.reshape(shape)
+            value = site.transform(unconstrained)
+            log_density = site.transform.inv.log_abs_det_jacobian(value, unconstrained)
+            log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + site.event_dim)
+            with ExitStack() as stack:
+                for name, dim in site.plates:
+                    stack.enter_context(pyro.plate(name, site.shape[dim - site.event_dim], dim=dim))
+                values[site.name] = pyro.sample(
+                    site.name, dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
+                )
+        return values
+
+
+class DrawsPosterior(Posterior):
+    """Weighted draws, with their chains.
+
+    Args:
+        target: The compiled model.
+        draws: (C, S, P), unconstrained.
+        backend: The backend that made it.
+        info: Cost and warnings.
+        weights: (C, S), normalised here; None: equal.
+        sample_stats: Per-draw statistics under ArviZ's names, each (C, S).
+        log_evidence: Nats, where there is one.
+    """
+
+    kind = "draws"
+
+    def __init__(
+        self,
+        target: Target,
+        draws: Tensor,
+        *,
+        backend: Any,
+        info: FitInfo | None = None,
+        weights: Tensor | None = None,
+        sample_stats: dict[str, Tensor] | None = None,
+        log_evidence: float | None = None,
+    ) -> None:
+        super().__init__(target, backend=backend, info=info, log_evidence=log_evidence)
+        if draws.dim() != 3 or draws.shape[-1] != target.dim:
+            raise ValueError(f"draws must have shape (chains, draws, {target.dim}), got {tuple(draws.shape)}")
+        self._draws = draws.detach()
+        count = draws.shape[0] * draws.shape[1]
+        flat = draws.new_ones(count) if weights is None else weights.reshape(-1)
+        self.weights = (flat / flat.sum()).reshape(draws.shape[:2])
+        self.sample_stats = sample_stats or {}
+
+    @property
+    def draws(self) -> Tensor:
+        """Draws with their chains, (C, S, P)."""
+        return self._draws
+
+    @property
+    def flat_draws(self) -> Tensor:
+        """Draws of all chains, (C * S, P)."""
+        return self._draws.reshape(-1, self._draws.shape[-1])
+
+    @property
+    def mean_theta(self) -> Tensor:
+        """Weighted mean of the draws, (P,)."""
+        return torch.tensordot(self.weights.reshape(-1), self.flat_draws, dims=1)
+
+    def sample(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Resample draws with their weights.
+
+        Args:
+            num_samples: Number of draws S; without replacement where weights are equal and there are enough.
+            seed: Random seed.
+
+        Returns:
+            (S, P).
+        """
+        flat, weights = self.flat_draws, self.weights.reshape(-1)
+        generator = random_stream(seed, 0, flat.device)
+        equal = bool((weights - weights[0]).abs().max() < 1e-12)
+        if equal and num_samples <= flat.shape[0]:
+            chosen = torch.randperm(flat.shape[0], generator=generator, device=flat.device)[:num_samples]
+        else:
+            chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
+        return flat[chosen]
+
+    def components(self, num_samples: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """All draws with their weights, or ``num_samples`` of them spread evenly along the chains.
+
+        Args:
+            num_samples: Number of components; None for all.
+            seed: Random seed, used if more components than draws are asked for.
+
+        Returns:
+            Thetas (S, P) and weights (S,).
+        """
+        flat, weights = self.flat_draws, self.weights.reshape(-1)
+        total = flat.shape[0]
+        if num_samples is None or num_samples == total:
+            return flat, weights
+        if num_samples > total:
+            return super().components(num_samples, seed)
+        chosen = torch.linspace(0, total - 1, num_samples, dtype=torch.float64, device=flat.device).round().long()
+        picked = weights[chosen]
+        return flat[chosen], picked / picked.sum()
+
+    def _starts(self, num: int, seed: int) -> Tensor:
+        flat = self.flat_draws
+        return flat[:num] if flat.shape[0] == num else self.sample(num, seed)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Draws, weights and sample statistics."""
+        stats = {f"stat.{k}": torch.as_tensor(v) for k, v in self.sample_stats.items()}
+        return {}, {"draws": self._draws, "weights": self.weights, **stats}
+
+    @classmethod
+    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+        """Undo :meth:`state`."""
+        stats = {k.removeprefix("stat."): v for k, v in tensors.items() if k.startswith("stat.")}
+        return cls(target, tensors["draws"], weights=tensors["weights"], sample_stats=stats, **common)
+
+
+class GaussianPosterior(Posterior):
+    """A Gaussian over theta.
+
+    Args:
+        target: The compiled model.
+        gaussian: The distribution.
+        backend: The backend that made it.
+        info: Cost and warnings.
+        log_evidence: Nats, where there is one.
+        linearized: Predict with the network linearised at the mean instead of with draws of the network.
+    """
+
+    kind = "a Gaussian"
+
+    def __init__(
+        self,
+        target: Target,
+        gaussian: FlatGaussian,
+        *,
+        backend: Any,
+        info: FitInfo | None = None,
+        log_evidence: float | None = None,
+        linearized: bool = False,
+    ) -> None:
+        super().__init__(target, backend=backend, info=info, log_evidence=log_evidence)
+        if gaussian.loc.shape != (target.dim,):
+            raise ValueError(f"the Gaussian must have {target.dim} dimensions, got {tuple(gaussian.loc.shape)}")
+        self.gaussian = gaussian
+        self.linearized = linearized
+
+    @property
+    def mean_theta(self) -> Tensor:
+        """Mean, (P,)."""
+        return self.gaussian.loc
+
+    @property
+    def has_log_density(self) -> bool:
+        """Whether :meth:`log_density` is available."""
+        return True
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        """Normalised log density of the Gaussian.
+
+        Args:
+            theta: (..., P).
+
+        Returns:
+            (...) nats.
+        """
+        return self.gaussian.log_prob(theta)
+
+    def sample(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Draw theta.
+
+        Args:
+            num_samples: Number of draws S.
+            seed: Random seed.
+
+        Returns:
+            (S, P).
+        """
+        return self.gaussian.sample(num_samples, random_stream(seed, 0, self.gaussian.loc.device))
+
+    def predict(
+        self, x: Any, *, num_samples: int | None = None, seed: int = 0, chunk_size: int | None = None
+    ) -> Prediction:
+        """Predictive distribution; exact moments of the linearised network where ``linearized``.
+
+        Args:
+            x: Inputs, every leaf (N, ...).
+            num_samples: Number of mixture components S.
+            seed: Random seed.
+            chunk_size: Draws that advance together.
+
+        Returns:
+            The prediction.
+        """
+        if not self.linearized:
+            return super().predict(x, num_samples=num_samples, seed=seed, chunk_size=chunk_size)
+        x = check_new_inputs(self.target, x)
+        source = LinearisedSource(self.target, self.gaussian, x, num_samples=num_samples or 500, seed=seed)
+        return Prediction(source, num_data(x), seed)
+
+    def _starts(self, num: int, seed: int) -> Tensor:
+        return self.gaussian.loc.expand(1, -1) if num == 1 else self.sample(num, seed)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The Gaussian's own tensors."""
+        return {"gaussian": type(self.gaussian).__name__, "linearized": self.linearized}, self.gaussian.tensors()
+
+    @classmethod
+    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+        """Undo :meth:`state`."""
+        gaussian = _GAUSSIANS[figures["gaussian"]].from_tensors(tensors)
+        return cls(target, gaussian, linearized=figures["linearized"], **common)
+
+
+class MixturePosterior(Posterior):
+    """A mixture of Gaussians or draws, such as several SWAG runs.
+
+    Args:
+        target: The compiled model.
+        components: The parts.
+        backend: The backend that made it.
+        info: Cost and warnings.
+        weights: One per part, normalised here; None: equal.
+        log_evidence: Nats, where there is one.
+    """
+
+    kind = "a mixture"
+
+    def __init__(
+        self,
+        target: Target,
+        components: Sequence[Posterior],
+        *,
+        backend: Any,
+        info: FitInfo | None = None,
+        weights: Tensor | None = None,
+        log_evidence: float | None = None,
+    ) -> None:
+        super().__init__(target, backend=backend, info=info, log_evidence=log_evidence)
+        if not components:
+            raise ValueError("a mixture needs at least one component")
+        self.parts = tuple(components)
+        flat = torch.ones(len(self.parts), dtype=target.dtype) if weights is None else weights
+        self.weights = flat / flat.sum()
+
+    @property
+    def mean_theta(self) -> Tensor:
+        """Mean of the mixture, (P,)."""
+        return torch.tensordot(self.weights, torch.stack([p.mean_theta for p in self.parts]), dims=1)
+
+    @property
+    def has_log_density(self) -> bool:
+        """Whether every part has a density."""
+        return all(p.has_log_density for p in self.parts)
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        """Normalised log density of the mixture.
+
+        Args:
+            theta: (..., P).
+
+        Returns:
+            (...) nats.
+        """
+        parts = torch.stack([p.log_density(theta) for p in self.parts])
+        return torch.logsumexp(parts + self.weights.log().reshape((-1,) + (1,) * (parts.dim() - 1)), 0)
+
+    def sample(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Draw theta: the parts take turns in proportion to their weights.
+
+        Args:
+            num_samples: Number of draws S.
+            seed: Random seed.
+
+        Returns:
+            (S, P).
+        """
+        generator = random_stream(seed, 0)
+        chosen = torch.multinomial(self.weights, num_samples, replacement=True, generator=generator)
+        counts = torch.bincount(chosen, minlength=len(self.parts)).tolist()
+        pieces = [p.sample(c, seed + 1 + i) for i, (p, c) in enumerate(zip(self.parts, counts, strict=True)) if c]
+        thetas = torch.cat(pieces)
+        return thetas[torch.randperm(num_samples, generator=generator)]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """States of all parts."""
+        figures: dict[str, Any] = {"parts": []}
+        tensors: dict[str, Tensor] = {"weights": self.weights}
+        for i, part in enumerate(self.parts):
+            own, held = part.state()
+            figures["parts"].append({"class": type(part).__name__, "figures": own})
+            tensors.update({f"part{i}.{k}": v for k, v in held.items()})
+        return figures, tensors
+
+    @classmethod
+    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+        """Undo :meth:`state`."""
+        parts = []
+        for i, part in enumerate(figures["parts"]):
+            prefix = f"part{i}."
+            held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            kind = POSTERIORS[part["class"]]
+            parts.append(kind.from_state(target, part["figures"], held, backend=common.get("backend")))
+        return cls(target, parts, weights=tensors["weights"], **common)
+
+
+POSTERIORS: dict[str, type[Posterior]] = {c.__name__: c for c in (DrawsPosterior, GaussianPosterior, MixturePosterior)}
+
+
+class _ThetaDistribution(TorchDistribution):
+    """The flat posterior as a Pyro distribution; expands, so that vectorised plates draw distinct thetas."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+
+    def __init__(self, posterior: Posterior, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self.posterior = posterior
+        super().__init__(batch_shape, torch.Size((posterior.target.dim,)), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _ThetaDistribution:
+        """The same distribution over a larger batch."""
+        return _ThetaDistribution(self.posterior, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw from Pyro's global random state, as guides do."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        seed = int(torch.randint(2**31, ()))
+        thetas = torch.atleast_2d(self.posterior.sample(shape.numel(), seed))
+        if thetas.shape[0] == shape.numel():
+            return thetas.reshape(shape + self.event_shape)
+        raise AssertionError("a posterior must return as many draws as asked for")
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density where the posterior has one; zero for draws, which Predictive does not ask for."""
+        if self.posterior.has_log_density:
+            return self.posterior.log_density(value)
+        return value.new_zeros(value.shape[:-1])

@@ -1,0 +1,607 @@
+r"""The seam: a Pyro model becomes a pure flat log density.
+
+.. math:: \log p(\theta, y \mid x) = \log p(\theta) + \sum_{n=1}^N \log p(y_n \mid x_n, \theta)
+
+``theta`` holds the latent sites in unconstrained space, concatenated in the order of the model. Every function of
+theta is written for one vector and batched with ``torch.func.vmap``; it is recorded once per shape of ``x`` and then
+runs without Pyro, the parameter store or the global random state. Prior and per-datum likelihood stay apart: minibatches
+scale one of them by N/B, curvature needs per-datum terms, and tempering touches one of them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import grad_and_value, vmap
+
+from inference.data import Tree, check_data, check_inputs, map_tree, num_data, shapes
+from inference.errors import UnsupportedModelError
+from inference.graph import Captured, CompileOption, capture, hot, mutating_nodes, outside_transforms, random_nodes
+from inference.layers import Layer, find_layers
+from inference.observation import LikelihoodFamily, family_of, parameter_tensors
+from inference.tracing import Model, Site, Terms, TracedModel, isolated
+
+__all__ = ["Site", "Target", "UnsupportedModelError", "compile_target"]
+
+
+class Programs:
+    """Recorded graphs of one model, by kind and by shape of the inputs; shared by all targets made from it."""
+
+    def __init__(self, traced: TracedModel) -> None:
+        self.traced = traced
+        self.cache: dict[tuple[Any, ...], Captured] = {}
+        self.families: dict[tuple[Any, ...], LikelihoodFamily] = {}
+
+    def terms(self, theta: Tensor, x: Tree, y: Tensor | None) -> Terms:
+        """Run the model through Pyro at a full theta."""
+        values = {s.name: s.constrain(piece) for s, piece in self.pieces(theta)}
+        return self.traced.run(values, x, y)
+
+    def pieces(self, theta: Tensor) -> list[tuple[Site, Tensor]]:
+        """Every site with its part of a full theta; one split, whose gradient is one concatenation."""
+        parts = theta.split([s.size for s in self.traced.sites], -1)
+        return list(zip(self.traced.sites, parts, strict=True))
+
+    def joint(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Log prior with Jacobians, (), and log-likelihood per datum, (B,); recorded on first use."""
+        return self._get("joint", self._joint, theta, x, y)(theta, x, y)
+
+    def parameters(self, theta: Tensor, x: Tree) -> dict[str, Tensor]:
+        """Parameters of the observed distribution, each (B, ...); recorded on first use."""
+        return self._get("parameters", self._parameters, theta, x)(theta, x)
+
+    def recorded_parameters(self, x: Tree) -> fx.GraphModule:
+        """Graph behind :meth:`parameters` for inputs of this shape."""
+        zero = torch.zeros((), dtype=self.traced.dtype, device=self.traced.device)
+        return self._get("parameters", self._parameters, zero, x).module
+
+    def family(self, theta: Tensor, x: Tree) -> LikelihoodFamily:
+        """Class of the observed distribution at inputs of this shape."""
+        key = shapes(x)
+        if key not in self.families:
+            program = self._get("parameters", self._parameters, theta, x)
+            names = list(self._names)
+            outputs = next(n for n in program.module.graph.nodes if n.op == "output").args[0]
+            varying = frozenset(n for n, out in zip(names, outputs, strict=True) if _reads_theta(program.module, out))
+            with outside_transforms(), isolated(self.traced.dtype):
+                fn = self.terms(torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device), _like(x), None).observed
+            self.families[key] = family_of(fn, varying)
+        return self.families[key]
+
+    @property
+    def dim(self) -> int:
+        """Number of entries of a full theta."""
+        return self.traced.sites[-1].stop
+
+    def _joint(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
+        terms = self.terms(theta, x, y)
+        jacobian = torch.stack([s.log_abs_det_jacobian(piece) for s, piece in self.pieces(theta)]).sum()
+        return terms.log_prior + jacobian, terms.log_likelihood
+
+    def _parameters(self, theta: Tensor, x: Tree) -> dict[str, Tensor]:
+        found = parameter_tensors(self.terms(theta, x, None).observed)
+        self._names = tuple(sorted(found))
+        return {name: found[name] for name in self._names}
+
+    def _get(self, kind: str, fn: Callable[..., Any], theta: Tensor, x: Tree, *rest: Tensor) -> Captured:
+        key = (kind, shapes((x, *rest)), theta.device)
+        if key not in self.cache:
+            self._refuse_local(x)
+            with outside_transforms(), isolated(self.traced.dtype):
+                example = torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device)
+                captured = capture(fn, example, _like(x), *(_like(r) for r in rest), final=False)
+            _refuse_impure(captured)
+            self.cache[key] = captured
+        return self.cache[key]
+
+    def _refuse_local(self, x: Tree) -> None:
+        if self.traced.local_sites and num_data(x) != self.traced.num_data:
+            raise UnsupportedModelError(
+                f"site {self.traced.local_sites[0]!r} has one value per datum ({self.traced.num_data} of them), so minibatches and "
+                "predictions at new inputs are not defined; use batch_size=None, or make the site global"
+            )
+
+
+@dataclass(frozen=True)
+class Target:
+    """Log density of the weights given the data, as pure functions of a flat theta.
+
+    Attributes:
+        programs: Recorded graphs.
+        x: Training inputs, every leaf (N, ...).
+        y: Training targets, (N, ...).
+        sites: Latent sites held by theta, with their slices.
+        temperature: T of the whole energy, :math:`p^{1/T}`.
+        likelihood_temperature: T of the likelihood alone.
+        kept: For a restricted target, the (start, stop) pieces of the full theta that it holds.
+        at: For a restricted target, the full theta that fixes the rest.
+        batch_size: Batch size of the DataLoader the data came from, if any.
+        initial_sites: The model's own starting values by site name, if it has any.
+    """
+
+    programs: Programs
+    x: Tree
+    y: Tensor
+    sites: tuple[Site, ...]
+    temperature: float = 1.0
+    likelihood_temperature: float = 1.0
+    kept: tuple[tuple[int, int], ...] | None = None
+    at: Tensor | None = None
+    batch_size: int | None = None
+    initial_sites: Mapping[str, Tensor] | None = None
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        """Number of entries P of theta."""
+        return self.sites[-1].stop
+
+    @property
+    def full_dim(self) -> int:
+        """Number of entries of the unrestricted theta."""
+        return self.programs.dim
+
+    @property
+    def num_data(self) -> int:
+        """Number of training data N."""
+        return num_data(self.x)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of theta."""
+        return self.programs.traced.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of theta and of the data."""
+        return self.y.device
+
+    @property
+    def model(self) -> Model:
+        """The Pyro callable."""
+        return self.programs.traced.model
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """Every latent site of the model, with slices of the full theta."""
+        return self.programs.traced.sites
+
+    @property
+    def observed(self) -> str:
+        """Name of the observed site."""
+        return self.programs.traced.observed
+
+    # -- densities -----------------------------------------------------------------------------------------------
+
+    def log_prior(self, theta: Tensor) -> Tensor:
+        r"""Log prior density in unconstrained space, :math:`\log p(\theta)`, untempered.
+
+        Args:
+            theta: (P,).
+
+        Returns:
+            () nats, normalised, with the log-Jacobian of each constrained site.
+        """
+        return self.programs.joint(self.expand(theta), self.x, self.y)[0]
+
+    def log_likelihood(self, theta: Tensor, x: Tree | None = None, y: Tensor | None = None) -> Tensor:
+        r"""Log-likelihood of each datum, :math:`\log p(y_n \mid x_n, \theta)`, untempered.
+
+        Args:
+            theta: Flat unconstrained parameters, (P,).
+            x: Inputs, every leaf (B, ...); the training inputs by default.
+            y: Targets, (B, ...); the training targets by default.
+
+        Returns:
+            (B,) nats; not summed, not scaled by N/B.
+
+        Raises:
+            ValueError: If only one of x and y is given.
+
+        Example:
+            >>> joint = target.log_prior(theta) + target.log_likelihood(theta).sum()
+            >>> torch.allclose(joint, target.log_density(theta))
+            True
+        """
+        x, y = self._data(x, y)
+        return self.programs.joint(self.expand(theta), x, y)[1]
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        r"""Unnormalised log posterior, :math:`[\log p(\theta) + \sum_n \log p(y_n|x_n,\theta)/T_l]/T`.
+
+        Args:
+            theta: (P,).
+
+        Returns:
+            () nats.
+        """
+        return self.log_density_estimate(theta, self.x, self.y)
+
+    def log_density_estimate(self, theta: Tensor, x: Tree, y: Tensor) -> Tensor:
+        """Unbiased estimate of :meth:`log_density` from a minibatch: the likelihood sum is scaled by N/B.
+
+        Args:
+            theta: (P,).
+            x: Inputs, every leaf (B, ...).
+            y: Targets, (B, ...).
+
+        Returns:
+            () nats.
+        """
+        prior, likelihood = self.programs.joint(self.expand(theta), x, y)
+        weight = self.num_data / likelihood.shape[0] / self.likelihood_temperature
+        return (prior + weight * likelihood.sum()) / self.temperature
+
+    def log_density_and_grad(
+        self, num: int, *, compile: CompileOption = False, num_calls: float = 0
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """One call for the log density and gradient of several thetas.
+
+        Args:
+            num: Number C of thetas that advance together.
+            compile: See :func:`inference.graph.hot`.
+            num_calls: Expected number of calls.
+
+        Returns:
+            Function from (C, P) to log densities (C,) in nats and gradients (C, P).
+        """
+        single = grad_and_value(self.log_density_estimate)
+
+        def batched(theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
+            if num > 1:
+                return vmap(single, in_dims=(0, None, None))(theta, x, y)
+            grad, value = single(theta[0], x, y)  # plain matrix products are faster than batched ones of one
+            return grad.unsqueeze(0), value.unsqueeze(0)
+
+        example = torch.zeros(num, self.dim, dtype=self.dtype, device=self.device)
+        program = hot(batched, example, self.x, self.y, compile=compile, num_calls=num_calls)
+
+        def call(theta: Tensor) -> tuple[Tensor, Tensor]:
+            grad, value = program(theta, self.x, self.y)
+            return value, grad
+
+        return call
+
+    # -- the observed distribution ---------------------------------------------------------------------------------
+
+    def parameters(self, theta: Tensor, x: Tree | None = None) -> dict[str, Tensor]:
+        """Parameters of the observed site's distribution.
+
+        Args:
+            theta: (P,).
+            x: Inputs, every leaf (B, ...); the training inputs by default.
+
+        Returns:
+            Tensors by parameter name, each (B, ...).
+        """
+        return self.programs.parameters(self.expand(theta), self.x if x is None else x)
+
+    def family(self, x: Tree | None = None) -> LikelihoodFamily:
+        """Class of the observed distribution.
+
+        Args:
+            x: Inputs; the training inputs by default.
+
+        Returns:
+            The family, with the parameters that depend on theta marked.
+        """
+        with torch.no_grad():
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            return self.programs.family(zero, self.x if x is None else x)
+
+    def likelihood(self, theta: Tensor, x: Tree | None = None) -> Any:
+        """Distribution of the observed site.
+
+        Args:
+            theta: (P,).
+            x: Inputs, every leaf (B, ...); the training inputs by default.
+
+        Returns:
+            Pyro distribution with batch shape (B,) and one datum's target as event.
+        """
+        x = self.x if x is None else x
+        return self.family(x).distribution(self.parameters(theta, x))
+
+    def eta(self, theta: Tensor, x: Tree | None = None) -> Tensor:
+        """Unconstrained parameters of the observed distribution, the coordinates of linearisation.
+
+        Args:
+            theta: (P,).
+            x: Inputs, every leaf (B, ...); the training inputs by default.
+
+        Returns:
+            (B, E); see :mod:`inference.observation`.
+        """
+        x = self.x if x is None else x
+        return self.family(x).to_eta(self.parameters(theta, x))
+
+    # -- flat and named ----------------------------------------------------------------------------------------------
+
+    def unravel(self, theta: Tensor) -> dict[str, Tensor]:
+        """Constrained values by site name; a restricted target fills in the fixed sites.
+
+        Args:
+            theta: (..., P).
+
+        Returns:
+            Tensors (..., *site shape), for every latent site of the model.
+        """
+        full = self.expand(theta)
+        return {s.name: s.constrain(full[..., s.start : s.stop]) for s in self.all_sites}
+
+    def ravel(self, sites: Mapping[str, Tensor]) -> Tensor:
+        """Flat unconstrained vector of constrained values.
+
+        Args:
+            sites: Tensors (..., *site shape), at least for this target's sites.
+
+        Returns:
+            (..., P).
+
+        Raises:
+            ValueError: If a site is missing, misshapen or outside its support.
+        """
+        pieces = []
+        for site in self.sites:
+            if site.name not in sites:
+                raise ValueError(f"no value for site {site.name!r}; expected {[s.name for s in self.sites]}")
+            value = torch.as_tensor(sites[site.name], dtype=self.dtype, device=self.device)
+            lead = value.shape[: value.dim() - len(site.shape)]
+            if value.shape[len(lead) :] != site.shape:
+                raise ValueError(f"site {site.name!r} has shape {tuple(value.shape)}, expected (..., {site.shape})")
+            flat = site.transform.inv(value).reshape((*lead, site.size))
+            if not torch.isfinite(flat).all():
+                raise ValueError(f"site {site.name!r} holds values outside its support {site.support}")
+            pieces.append(flat)
+        return torch.cat(pieces, -1)
+
+    # -- derived targets ---------------------------------------------------------------------------------------------
+
+    def tempered(self, temperature: float = 1.0, likelihood_temperature: float = 1.0) -> Target:
+        """The same target at other temperatures.
+
+        Args:
+            temperature: T > 0 dividing the whole energy.
+            likelihood_temperature: T > 0 dividing the log-likelihood.
+
+        Returns:
+            A new target.
+
+        Raises:
+            ValueError: If a temperature is not positive.
+        """
+        for name, value in (("temperature", temperature), ("likelihood_temperature", likelihood_temperature)):
+            if not value > 0:
+                raise ValueError(f"`{name}` must be > 0, got {value}")
+        return replace(self, temperature=temperature, likelihood_temperature=likelihood_temperature)
+
+    def restrict(self, sites: str | Sequence[str], at: Tensor) -> Target:
+        """Keep some sites free and fix the rest.
+
+        Args:
+            sites: Site name pattern(s), as in ``fnmatch``: "layers.2.*".
+            at: Full theta that supplies the fixed values, (full P,).
+
+        Returns:
+            Target over the matching sites only.
+
+        Raises:
+            ValueError: If a pattern matches nothing or ``at`` has the wrong length.
+        """
+        if self.kept is not None:
+            raise ValueError("this target is restricted already; restrict the full one")
+        patterns = [sites] if isinstance(sites, str) else list(sites)
+        names = [s.name for s in self.all_sites]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"no site matches {pattern!r}; the model has {names}")
+        if at.shape != (self.full_dim,):
+            raise ValueError(f"`at` must have shape ({self.full_dim},), got {tuple(at.shape)}")
+        kept, chosen, start = [], [], 0
+        for site in self.all_sites:
+            if any(fnmatch.fnmatchcase(site.name, p) for p in patterns):
+                kept.append((site.start, site.stop))
+                chosen.append(replace(site, start=start, stop=start + site.size))
+                start += site.size
+        return replace(self, sites=tuple(chosen), kept=tuple(kept), at=at.detach())
+
+    def expand(self, theta: Tensor) -> Tensor:
+        """Full theta of a restricted one (the identity otherwise).
+
+        Args:
+            theta: (..., P).
+
+        Returns:
+            (..., full P).
+        """
+        if self.kept is None or self.at is None:
+            return theta
+        pieces, full, small = [], 0, 0
+        lead = theta.shape[:-1]
+        for start, stop in self.kept:
+            pieces += [self.at[full:start].expand((*lead, start - full)), theta[..., small : small + stop - start]]
+            full, small = stop, small + stop - start
+        pieces.append(self.at[full:].expand((*lead, self.full_dim - full)))
+        return torch.cat(pieces, -1)
+
+    def reduce(self, full: Tensor) -> Tensor:
+        """Entries of a full theta that a restricted target holds: (..., full P) to (..., P)."""
+        if self.kept is None:
+            return full
+        return torch.cat([full[..., a:b] for a, b in self.kept], -1)
+
+    def recorded(self) -> fx.GraphModule:
+        """Graph of the joint density over the training data: what layers and costs are read from."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return self.programs._get("joint", self.programs._joint, zero, self.x, self.y).module
+
+    # -- network structure and starting points -----------------------------------------------------------------------
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Linear, convolution and embedding layers, with the slices of the full theta they read."""
+        return find_layers(self.recorded(), self.all_sites)
+
+    def stream(self, seed: int, index: int = 0) -> torch.Generator:
+        """Random stream of one chain or member, independent of how many others run beside it."""
+        return random_stream(seed, index, self.device)
+
+    def streams(self, seed: int, num: int) -> list[torch.Generator]:
+        """The first ``num`` streams of a seed."""
+        return [self.stream(seed, i) for i in range(num)]
+
+    def sample_prior(self, num: int, seed: int = 0) -> Tensor:
+        """Draws from the prior in unconstrained space.
+
+        Args:
+            num: Number of draws S.
+            seed: Random seed.
+
+        Returns:
+            (S, P).
+        """
+        values = self.programs.traced.prior_values(self.x, self.y, seed, num)
+        return torch.stack([self.ravel(v) for v in values]).detach()
+
+    def initial(self, num: int, seed: int = 0, init: Any = None) -> Tensor:
+        """Starting points.
+
+        Args:
+            num: Number of points C.
+            seed: Random seed.
+            init: None (the model's own ``initial_sites``, or a random start: layer weights at standard deviation
+                1/sqrt(fan_in), other sites near their prior median), a posterior, a dict of constrained sites, or a
+                tensor (P,) or (C, P).
+
+        Returns:
+            (C, P).
+
+        Raises:
+            ValueError: If ``init`` does not fit this model.
+        """
+        if init is None:
+            points = torch.stack([self._random_start(seed, i) for i in range(num)])
+            if self.initial_sites:
+                known = {k: torch.as_tensor(v, dtype=self.dtype, device=self.device) for k, v in self.initial_sites.items()}
+                points = torch.stack([self.ravel({**self.unravel(p), **known}) for p in points])
+            return points.detach()
+        if hasattr(init, "starting_points"):
+            full = init.starting_points(num, seed, [(s.name, s.shape) for s in self.all_sites])
+            return self.reduce(full).to(self.dtype).detach().clone()
+        if isinstance(init, Mapping):
+            init = self.ravel(init)
+        if not isinstance(init, Tensor):
+            raise ValueError(f"`init` must be a posterior, a dict of sites or a tensor, got {type(init).__name__}")
+        if init.shape not in ((self.dim,), (num, self.dim)):
+            raise ValueError(f"`init` must have shape ({self.dim},) or ({num}, {self.dim}), got {tuple(init.shape)}")
+        if not torch.isfinite(init).all():
+            raise ValueError("`init` holds NaN or infinite values")
+        return init.to(self.dtype).expand(num, self.dim).detach().clone()
+
+    def _random_start(self, seed: int, index: int) -> Tensor:
+        generator = self.stream(seed, index)
+        draws = self._prior_draws
+        median = draws.median(0).values
+        pick = int(torch.randint(draws.shape[0], (), generator=generator, device=self.device))
+        start = median + 0.1 * (draws[pick] - median)
+        noise = torch.randn(self.full_dim, generator=generator, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            scale = layer.fan_in**-0.5 / abs(layer.scale)
+            for piece in (layer.weight, layer.bias):
+                if piece is not None:
+                    start[piece] = scale * noise[piece]
+        return self.reduce(start)
+
+    @cached_property
+    def _prior_draws(self) -> Tensor:
+        full = replace(self, kept=None, at=None, sites=self.all_sites)
+        return full.sample_prior(15, seed=0)
+
+    def _data(self, x: Tree | None, y: Tensor | None) -> tuple[Tree, Tensor]:
+        if x is None and y is None:
+            return self.x, self.y
+        if x is None or y is None:
+            raise ValueError("x and y must be given together")
+        return x, y
+
+
+def random_stream(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for stream ``index`` of ``seed``; different pairs give unrelated streams."""
+    mixed = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    start = int(torch.randint(2**62, (), generator=mixed))
+    return torch.Generator(device=device).manual_seed(start)
+
+
+def compile_target(model: Model, x: Any, y: Any = None) -> Target:
+    """Record a Pyro model and its data as a pure log density.
+
+    Args:
+        model: Any Pyro callable ``model(x, y=None)`` with global latent sites and one observed site inside
+            ``pyro.plate("data", len(x))``.
+        x: Tensor, or dict or tuple of tensors with the same first dimension N; or a DataLoader of (x, y).
+        y: Targets, (N, ...).
+
+    Returns:
+        The target.
+
+    Raises:
+        UnsupportedModelError: Naming the site, if the model cannot be recorded.
+        ValueError: If the data are empty, not finite or misshapen.
+    """
+    x, y, batch_size = check_data(x, y)
+    traced = TracedModel(model, x, y, _dtype(x, y))
+    programs = Programs(traced)
+    own = getattr(model, "initial_sites", None)
+    target = Target(programs, x, y, traced.sites, batch_size=batch_size, initial_sites=own() if callable(own) else own)
+    with torch.no_grad():
+        programs.joint(torch.zeros(target.dim, dtype=target.dtype, device=target.device), x, y)
+    return target
+
+
+def check_new_inputs(target: Target, x: Any) -> Tree:
+    """Validate inputs to predict at against the training inputs."""
+    return check_inputs(x, like=target.x)
+
+
+def _dtype(x: Tree, y: Tensor) -> torch.dtype:
+    found = [leaf.dtype for leaf in torch.utils._pytree.tree_leaves((x, y)) if leaf.is_floating_point()]
+    return found[0] if found else torch.get_default_dtype()
+
+
+def _like(x: Tree) -> Tree:
+    """Plain tensors of the same shapes and dtypes; zeros, so that class labels and token ids stay in range."""
+    return map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device), x)
+
+
+def _reads_theta(module: Any, out: Any) -> bool:
+    theta = next(n for n in module.graph.nodes if n.op == "placeholder")
+    pending, seen = [out], set()
+    while pending:
+        node = pending.pop()
+        if node is theta:
+            return True
+        if isinstance(node, torch.fx.Node) and node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return False
+
+
+def _refuse_impure(captured: Captured) -> None:
+    drawn, written = random_nodes(captured.module), mutating_nodes(captured.module)
+    if drawn:
+        raise UnsupportedModelError(
+            f"the model draws random numbers outside `pyro.sample` ({', '.join(sorted(set(drawn)))}); switch dropout off with "
+            "`.eval()`, or make the noise a latent site"
+        )
+    if written:
+        raise UnsupportedModelError(
+            f"the model changes its own buffers while it runs ({', '.join(sorted(set(written)))}), as batch norm in training mode "
+            "does; call `.eval()` on the network first"
+        )

@@ -1,0 +1,397 @@
+"""The only file that runs Pyro: discover the sites of a model, refuse what cannot be compiled, evaluate its terms.
+
+Nothing here draws random numbers once the sites are known, and neither Pyro's parameter store nor the global random
+state is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import Tensor, nn
+
+from inference.data import Tree, num_data
+from inference.errors import UnsupportedModelError
+from inference.observation import bijection, is_discrete, unwrap
+
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One latent variable and its place in theta.
+
+    Attributes:
+        name: Site name in the model.
+        shape: Shape of the constrained value.
+        unconstrained_shape: Shape before the bijection onto the support.
+        support: Pyro constraint.
+        event_dim: Rightmost dimensions of the value that one log-probability covers.
+        start: First index in theta.
+        stop: One past the last index in theta.
+        plates: Names of the plates the site is in.
+        local: Whether there is one value per datum.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    unconstrained_shape: tuple[int, ...]
+    support: Any
+    event_dim: int
+    start: int
+    stop: int
+    plates: tuple[tuple[str, int], ...] = ()
+    local: bool = False
+
+    @property
+    def transform(self) -> torch.distributions.Transform:
+        """Bijection from unconstrained space onto the support."""
+        return bijection(self.support)
+
+    @property
+    def size(self) -> int:
+        """Number of entries in theta."""
+        return self.stop - self.start
+
+    def constrain(self, flat: Tensor) -> Tensor:
+        """Map this site's slice of theta, shape (..., size), to its value, shape (..., *shape)."""
+        return self.transform(flat.reshape(flat.shape[:-1] + self.unconstrained_shape))
+
+    def log_abs_det_jacobian(self, flat: Tensor) -> Tensor:
+        """Log |d value / d theta| of one slice, shape (size,) to ()."""
+        unconstrained = flat.reshape(self.unconstrained_shape)
+        return self.transform.log_abs_det_jacobian(unconstrained, self.transform(unconstrained)).sum()
+
+
+@dataclass
+class Terms:
+    """What one run of the model says.
+
+    Attributes:
+        log_prior: Log density of the latent values, without Jacobians, plus global factors; () nats.
+        log_likelihood: Per datum, (B,) nats.
+        observed: Distribution of the observed site with batch shape (B,).
+    """
+
+    log_prior: Tensor
+    log_likelihood: Tensor
+    observed: Any
+
+
+@dataclass
+class _Recorder(Messenger):
+    """Pyro handler that feeds values to latent sites and keeps every message."""
+
+    values: dict[str, Tensor] | None
+    observed: str | None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.values is not None and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+        elif msg["name"] == self.observed and not msg["is_observed"]:
+            fn = msg["fn"]
+            msg["value"] = torch.zeros(fn.shape())  # a placeholder, so that nothing is drawn
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.messages.append(dict(msg))
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.messages.append(dict(msg))
+
+
+@contextmanager
+def _full_plates(batch: int) -> Iterator[None]:
+    """Make every subsampling plate cover the whole batch it is given: scaling by N/B is the backend's affair."""
+
+    def subsample(
+        name: str, size: int | None = None, subsample_size: int | None = None, subsample: Any = None, *rest: Any
+    ) -> tuple[int, int, Tensor | None]:
+        if size is None:
+            return -1, -1, None
+        drawn = subsample is not None or (subsample_size is not None and subsample_size < size)
+        total = batch if drawn else int(size)
+        return total, total, torch.arange(total)
+
+    with mock.patch.object(SubsampleMessenger, "_subsample", staticmethod(subsample)):
+        yield
+
+
+@contextmanager
+def isolated(dtype: torch.dtype) -> Iterator[None]:
+    """Run Pyro without trace: validation off, own parameter store, own random state, the data's dtype."""
+    default = torch.get_default_dtype()
+    # The store's scope restores it afterwards; validation would take decisions on tensor values.
+    with (
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+class TracedModel:
+    """A Pyro callable with its sites known.
+
+    Args:
+        model: Callable ``model(x, y=None)``.
+        x: Inputs, every leaf of shape (N, ...).
+        y: Targets, (N, ...).
+        dtype: Floating dtype of theta.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be compiled.
+    """
+
+    def __init__(self, model: Model, x: Tree, y: Tensor, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.device = y.device
+        self.num_data = num_data(x)
+        _refuse_mutating_modules(model)
+        with isolated(dtype), torch.no_grad():
+            first = self._record(None, None, x, y)
+            second = self._record(None, None, x, y)
+        self.observed = _find_observed(first)
+        _refuse_messages(first)
+        self.sites = _find_sites(first, self.num_data)
+        again = _find_sites(second, self.num_data)
+        _refuse_changes(self.sites, again)
+
+    @property
+    def local_sites(self) -> list[str]:
+        """Names of the latent sites with one value per datum."""
+        return [s.name for s in self.sites if s.local]
+
+    def _record(self, values: dict[str, Tensor] | None, observed: str | None, x: Tree, y: Any) -> list[dict[str, Any]]:
+        recorder = _Recorder(values, observed)
+        with _full_plates(num_data(x)), recorder:
+            self.model(x, y)
+        return recorder.messages
+
+    def prior_values(self, x: Tree, y: Tensor, seed: int, num: int) -> list[dict[str, Tensor]]:
+        """Draw latent values from the prior.
+
+        Args:
+            x: Inputs.
+            y: Targets (only their shape matters).
+            seed: Random seed.
+            num: Number of draws.
+
+        Returns:
+            One dict of constrained values by site name per draw.
+        """
+        names = {s.name for s in self.sites}
+        draws = []
+        with isolated(self.dtype), torch.no_grad():
+            pyro.set_rng_seed(seed % 2**32)
+            for _ in range(num):
+                messages = self._record(None, None, x, y)
+                draws.append({m["name"]: m["value"] for m in messages if m["name"] in names})
+        return draws
+
+    def run(self, values: dict[str, Tensor], x: Tree, y: Tensor | None) -> Terms:
+        """Evaluate the model at given latent values; differentiable, and free of randomness. Call inside :func:`isolated`.
+
+        Args:
+            values: Constrained value of every latent site.
+            x: Inputs, every leaf (B, ...).
+            y: Targets (B, ...), or None for the predictive distribution only.
+
+        Returns:
+            The terms of the joint density (log-likelihood zero without targets).
+
+        Raises:
+            UnsupportedModelError: If the model takes decisions on latent values.
+        """
+        try:
+            messages = self._record(values, self.observed, x, y)
+        except RuntimeError as error:
+            if "tracing tensor" in str(error) or "data-dependent" in str(error).lower():
+                raise UnsupportedModelError(
+                    "the model takes a Python decision on a latent value (`if`, `float()`, `.item()`), so its density is not "
+                    "one fixed graph; write the branch with torch.where or a mixture distribution"
+                ) from error
+            raise
+        return _terms(messages, {s.name for s in self.sites}, self.observed, num_data(x), with_data=y is not None)
+
+
+def _terms(messages: list[dict[str, Any]], latent: set[str], observed: str, batch: int, *, with_data: bool) -> Terms:
+    log_prior = torch.zeros(())
+    log_likelihood = torch.zeros(batch)
+    fn = None
+    for msg in messages:
+        if msg["type"] != "sample" or _is_plate(msg) or _is_deterministic(msg):
+            continue
+        frame = _data_frame(msg, batch)
+        if msg["name"] in latent:
+            log_prior = log_prior + _log_prob(msg).sum()
+        elif msg["name"] == observed:
+            fn = _per_datum(msg, frame)
+            if with_data:
+                log_likelihood = log_likelihood + _sum_to_batch(_log_prob(msg), frame, batch)
+        elif _is_factor(msg):
+            if frame is None:
+                log_prior = log_prior + _log_prob(msg).sum()
+            else:
+                log_likelihood = log_likelihood + _sum_to_batch(_log_prob(msg), frame, batch)
+    return Terms(log_prior, log_likelihood, fn)
+
+
+def _log_prob(msg: dict[str, Any]) -> Tensor:
+    return scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+
+
+def _sum_to_batch(log_prob: Tensor, frame: Any, batch: int) -> Tensor:
+    """Sum everything but the data dimension: (..., B, ...) to (B,)."""
+    inner = sum_rightmost(log_prob, -frame.dim - 1)
+    return inner.expand(inner.shape[:-1] + (batch,)).reshape(-1, batch).sum(0)
+
+
+def _per_datum(msg: dict[str, Any], frame: Any) -> Any:
+    """The observed distribution with batch shape (B,): plates right of the data plate become event dimensions."""
+    inner = -frame.dim - 1
+    return msg["fn"].to_event(inner) if inner else msg["fn"]
+
+
+def _data_frame(msg: dict[str, Any], batch: int) -> Any:
+    """The plate over the data, if the site is in it (vectorised plates whose size is the number of data)."""
+    frames = [f for f in msg["cond_indep_stack"] if f.dim is not None and f.size == batch]
+    named = [f for f in frames if f.name == "data"]
+    return (named or frames or [None])[0]
+
+
+def _is_plate(msg: dict[str, Any]) -> bool:
+    return type(msg["fn"]).__name__ == "_Subsample"
+
+
+def _is_deterministic(msg: dict[str, Any]) -> bool:
+    return bool(msg["infer"].get("_deterministic"))
+
+
+def _is_factor(msg: dict[str, Any]) -> bool:
+    return isinstance(unwrap(msg["fn"])[0], dist.Unit)
+
+
+def _find_observed(messages: list[dict[str, Any]]) -> str:
+    found = [
+        m["name"]
+        for m in messages
+        if m["type"] == "sample"
+        and m["is_observed"]
+        and not (_is_plate(m) or _is_deterministic(m) or _is_factor(m))
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            "the model has no observed site: it needs one `pyro.sample(name, distribution, obs=y)` inside "
+            '`pyro.plate("data", len(x))`, reached when y is given'
+        )
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"the model has {len(found)} observed sites ({', '.join(map(repr, found))}); one is supported: join the targets "
+            "in one distribution with `.to_event`, or move the others into a `pyro.factor`"
+        )
+    message = next(m for m in messages if m["name"] == found[0])
+    if not any(f.dim is not None for f in message["cond_indep_stack"]):
+        raise UnsupportedModelError(
+            f"the observed site {found[0]!r} is in no plate, so the data are not known to be independent; put it inside "
+            '`with pyro.plate("data", len(x)):`'
+        )
+    return found[0]
+
+
+def _refuse_messages(messages: list[dict[str, Any]]) -> None:
+    for msg in messages:
+        if msg["type"] == "param" and not isinstance(msg["value"], nn.Parameter):
+            raise UnsupportedModelError(
+                f"site {msg['name']!r} is a `pyro.param`, which has no prior; give it one with `pyro.sample`, or pass the value "
+                "in as a constant"
+            )
+        latent = msg["type"] == "sample" and not msg["is_observed"] and not _is_plate(msg)
+        if latent and is_discrete(msg["fn"].support):
+            raise UnsupportedModelError(
+                f"latent site {msg['name']!r} is discrete ({type(unwrap(msg['fn'])[0]).__name__}); sum it out, for instance with "
+                "dist.MixtureSameFamily"
+            )
+
+
+def _refuse_mutating_modules(model: Model) -> None:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    for name, module in modules:
+        kind = type(module)
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and (batch_norm or dropout):
+            raise UnsupportedModelError(
+                f"module {name!r} ({kind.__name__}) is in training mode, where the likelihood of one datum depends on the batch "
+                "or on chance; call `.eval()` on the network first"
+            )
+
+
+def _find_sites(messages: list[dict[str, Any]], batch: int) -> tuple[Site, ...]:
+    sites: list[Site] = []
+    start = 0
+    for msg in messages:
+        if msg["type"] != "sample" or msg["is_observed"] or _is_plate(msg):
+            continue
+        fn, value = msg["fn"], msg["value"]
+        shape = tuple(bijection(fn.support).inv(value).shape)
+        stop = start + int(torch.Size(shape).numel())
+        plates = tuple((f.name, f.dim) for f in msg["cond_indep_stack"] if f.dim is not None)
+        local = msg["cond_indep_stack"] and _data_frame(msg, batch) is not None
+        sites.append(
+            Site(msg["name"], tuple(value.shape), shape, fn.support, fn.event_dim, start, stop, plates, bool(local))
+        )
+        start = stop
+    if not sites:
+        raise UnsupportedModelError("the model has no latent site: nothing has a prior, so there is nothing to infer")
+    return tuple(sites)
+
+
+def _refuse_changes(first: tuple[Site, ...], second: tuple[Site, ...]) -> None:
+    names, again = [s.name for s in first], [s.name for s in second]
+    if names != again:
+        odd = sorted(set(names) ^ set(again)) or [a for a, b in zip(names, again, strict=False) if a != b]
+        raise UnsupportedModelError(
+            f"the model's sites change between runs (first at {odd[0]!r}); every run must have the same sites in the same order"
+        )
+    for a, b in zip(first, second, strict=True):
+        if a.shape != b.shape:
+            raise UnsupportedModelError(f"site {a.name!r} changes shape between runs: {a.shape}, then {b.shape}")
+        if not _same_support(a.support, b.support):
+            raise UnsupportedModelError(
+                f"the support of site {a.name!r} depends on other random values ({a.support}, then {b.support}); sample a site "
+                "with a fixed support and transform it with ordinary tensor operations"
+            )
+
+
+def _same_support(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    for name, left in vars(a).items():
+        right = getattr(b, name, None)
+        if isinstance(left, Tensor):
+            if not isinstance(right, Tensor) or left.shape != right.shape or not torch.equal(left, right):
+                return False
+        elif isinstance(left, torch.distributions.constraints.Constraint):
+            if not _same_support(left, right):
+                return False
+    return True
