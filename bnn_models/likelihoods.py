@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bnn_models.priors import cast_distribution, check_positive_distribution, check_scale
+from bnn_models.checks import cast_distribution, check_positive_distribution, check_scale
 
 
 class Likelihood:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 Tree = Any  # Tensor | dict[str, Tensor] | tuple[Tensor, ...]
 
@@ -86,6 +86,8 @@ def check_inputs(x: Any, like: Tree | None = None) -> Tree:
     """
     if isinstance(x, list):
         x = tuple(x)
+    if isinstance(x, dict) and isinstance(like, dict) and set(x) == set(like):
+        x = {name: x[name] for name in like}
     leaves = pytree.tree_leaves(x)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}) or ["nothing"]
@@ -127,9 +129,19 @@ def _check_finite(name: str, value: Tensor) -> None:
 
 def _gather(loader: DataLoader[Any]) -> tuple[Tree, Tensor, int | None]:
     """All batches of a loader as one data set: every backend here may go over the data more than once."""
-    batches = list(loader)
+    with torch.random.fork_rng(devices=[]):  # a loader draws from the global random state
+        batches = list(_in_order(loader))
     if not batches or not all(isinstance(b, (tuple, list)) and len(b) == 2 for b in batches):
         raise ValueError("the DataLoader must yield (x, y) pairs and at least one of them")
     xs, ys = zip(*batches, strict=True)
     x = pytree.tree_map(lambda *leaves: torch.cat(leaves), *xs)
     return x, torch.cat(list(ys)), loader.batch_size
+
+
+def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same data unshuffled and complete, so that one seed gives one result; special samplers are left as they are."""
+    sampler = getattr(loader, "sampler", None)
+    shuffled = isinstance(sampler, RandomSampler) and not sampler.replacement and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    if loader.batch_size is None or not (shuffled or type(sampler) is SequentialSampler):
+        return loader
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)

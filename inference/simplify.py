@@ -168,12 +168,24 @@ def _same_as(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
                 return earlier
     if value.shape != out.shape or value.dtype != out.dtype:
         return None
+    if node.target in (aten.permute.default, aten.transpose.int):
+        return source if _order(node) == list(range(value.dim())) else None
     if node.target in _VIEWS:
         return source if value.stride() == out.stride() else None
     if node.target in _NEUTRAL and not node.kwargs:
         number = node.args[1] if isinstance(node.args[1], (int, float)) else _uniform(module, node.args[1])
         return source if number == _NEUTRAL[node.target] else None
     return None
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Order in which a permutation takes its argument's dimensions (the recorded strides may be stale)."""
+    dims = list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
+    if node.target is aten.permute.default:
+        return [dims[int(d)] for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+    first, second = dims[int(node.args[1])], dims[int(node.args[2])]  # type: ignore[arg-type]
+    dims[first], dims[second] = second, first
+    return dims
 
 
 def _merge_repeats(graph: fx.Graph) -> None:

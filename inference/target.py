@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import grad_and_value, vmap
+from torch.utils import _pytree as pytree
 
-from inference.data import Tree, check_data, check_inputs, map_tree, num_data, shapes
+from inference.data import Tree, check_data, check_inputs, index, map_tree, num_data, shapes
 from inference.errors import UnsupportedModelError
 from inference.graph import Captured, CompileOption, capture, hot, mutating_nodes, outside_transforms, random_nodes
 from inference.layers import Layer, find_layers
@@ -68,9 +69,11 @@ class Programs:
             program = self._get("parameters", self._parameters, theta, x)
             names = list(self._names)
             outputs = next(n for n in program.module.graph.nodes if n.op == "output").args[0]
-            varying = frozenset(n for n, out in zip(names, outputs, strict=True) if _reads_theta(program.module, out))
-            with outside_transforms(), isolated(self.traced.dtype):
-                fn = self.terms(torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device), _like(x), None).observed
+            source = next(n for n in program.module.graph.nodes if n.op == "placeholder")
+            varying = frozenset(n for n, out in zip(names, outputs, strict=True) if _reads(out, source))
+            with outside_transforms(), isolated(self.traced.dtype, theta.device):
+                zero = torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device)
+                fn = self.terms(zero, _like(x), None).observed
             self.families[key] = family_of(fn, varying)
         return self.families[key]
 
@@ -85,7 +88,13 @@ class Programs:
         return terms.log_prior + jacobian, terms.log_likelihood
 
     def _parameters(self, theta: Tensor, x: Tree) -> dict[str, Tensor]:
-        found = parameter_tensors(self.terms(theta, x, None).observed)
+        observed = self.terms(theta, x, None).observed
+        if tuple(observed.batch_shape) != (num_data(x),):
+            raise UnsupportedModelError(
+                f"the observed site {self.traced.observed!r} has batch shape {tuple(observed.batch_shape)} at {num_data(x)} "
+                "inputs; the data plate must be its leftmost dimension (give it the most negative `dim`)"
+            )
+        found = parameter_tensors(observed)
         self._names = tuple(sorted(found))
         return {name: found[name] for name in self._names}
 
@@ -93,12 +102,23 @@ class Programs:
         key = (kind, shapes((x, *rest)), theta.device)
         if key not in self.cache:
             self._refuse_local(x)
-            with outside_transforms(), isolated(self.traced.dtype):
+            with outside_transforms(), isolated(self.traced.dtype, theta.device):
                 example = torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device)
                 captured = capture(fn, example, _like(x), *(_like(r) for r in rest), final=False)
             _refuse_impure(captured)
+            if kind == "joint":
+                self._refuse_data_in_prior(captured, x)
             self.cache[key] = captured
         return self.cache[key]
+
+    def _refuse_data_in_prior(self, captured: Captured, x: Tree) -> None:
+        inputs = [n for n in captured.module.graph.nodes if n.op == "placeholder"][1:]
+        prior = next(n for n in captured.module.graph.nodes if n.op == "output").args[0][0]
+        if num_data(x) != self.traced.num_data and any(_reads(prior, node) for node in inputs):
+            raise UnsupportedModelError(
+                "a `pyro.factor` or prior outside the data plate depends on the data, so minibatches would not add up; put it "
+                f"inside `with pyro.plate({self.traced.data_plate!r}, ...)`, or use batch_size=None"
+            )
 
     def _refuse_local(self, x: Tree) -> None:
         if self.traced.local_sites and num_data(x) != self.traced.num_data:
@@ -467,7 +487,9 @@ class Target:
         Returns:
             (S, P).
         """
-        values = self.programs.traced.prior_values(self.x, self.y, seed, num)
+        # two rows draw the same sites as all of them (not one, where a model's squeeze() would bite)
+        rows = slice(None) if self.programs.traced.local_sites else slice(0, 2)
+        values = self.programs.traced.prior_values(index(self.x, rows), self.y[rows], seed, num)
         return torch.stack([self.ravel(v) for v in values]).detach()
 
     def initial(self, num: int, seed: int = 0, init: Any = None) -> Tensor:
@@ -571,7 +593,7 @@ def check_new_inputs(target: Target, x: Any) -> Tree:
 
 
 def _dtype(x: Tree, y: Tensor) -> torch.dtype:
-    found = [leaf.dtype for leaf in torch.utils._pytree.tree_leaves((x, y)) if leaf.is_floating_point()]
+    found = [leaf.dtype for leaf in pytree.tree_leaves((x, y)) if leaf.is_floating_point()]
     return found[0] if found else torch.get_default_dtype()
 
 
@@ -580,14 +602,14 @@ def _like(x: Tree) -> Tree:
     return map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device), x)
 
 
-def _reads_theta(module: Any, out: Any) -> bool:
-    theta = next(n for n in module.graph.nodes if n.op == "placeholder")
+def _reads(out: Any, source: fx.Node) -> bool:
+    """Whether an output of a graph depends on a node."""
     pending, seen = [out], set()
     while pending:
         node = pending.pop()
-        if node is theta:
+        if node is source:
             return True
-        if isinstance(node, torch.fx.Node) and node not in seen:
+        if isinstance(node, fx.Node) and node not in seen:
             seen.add(node)
             pending += node.all_input_nodes
     return False

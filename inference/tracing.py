@@ -6,6 +6,8 @@ state is changed.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,6 +96,7 @@ class _Recorder(Messenger):
 
     values: dict[str, Tensor] | None
     observed: str | None
+    device: torch.device
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,8 +106,8 @@ class _Recorder(Messenger):
         if self.values is not None and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
         elif msg["name"] == self.observed and not msg["is_observed"]:
-            fn = msg["fn"]
-            msg["value"] = torch.zeros(fn.shape())  # a placeholder, so that nothing is drawn
+            # a placeholder, so that nothing is drawn
+            msg["value"] = torch.zeros(msg["fn"].shape(), device=self.device)
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -115,8 +118,11 @@ class _Recorder(Messenger):
 
 
 @contextmanager
-def _full_plates(batch: int) -> Iterator[None]:
-    """Make every subsampling plate cover the whole batch it is given: scaling by N/B is the backend's affair."""
+def _full_plates(batch: int, data_plate: str | None, device: torch.device) -> Iterator[None]:
+    """Make the data plate cover the whole batch it is given: scaling by N/B is the backend's affair.
+
+    Until the data plate is known, every plate that subsamples is taken for it.
+    """
 
     def subsample(
         name: str, size: int | None = None, subsample_size: int | None = None, subsample: Any = None, *rest: Any
@@ -124,23 +130,30 @@ def _full_plates(batch: int) -> Iterator[None]:
         if size is None:
             return -1, -1, None
         drawn = subsample is not None or (subsample_size is not None and subsample_size < size)
-        total = batch if drawn else int(size)
-        return total, total, torch.arange(total)
+        is_data = drawn if data_plate is None else name == data_plate
+        total = batch if is_data else int(size)
+        return total, total, torch.arange(total, device=device)
 
     with mock.patch.object(SubsampleMessenger, "_subsample", staticmethod(subsample)):
         yield
 
 
 @contextmanager
-def isolated(dtype: torch.dtype) -> Iterator[None]:
-    """Run Pyro without trace: validation off, own parameter store, own random state, the data's dtype."""
+def isolated(dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Iterator[None]:
+    """Run Pyro without a trace: validation off, own parameter store, own random state, the data's dtype."""
     default = torch.get_default_dtype()
+    device = torch.device(device)
+    accelerators = [device] if device.type == "cuda" else []
     # The store's scope restores it afterwards; validation would take decisions on tensor values.
     with (
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=accelerators),
     ):
+        # not torch.manual_seed, which reaches every accelerator, nor pyro.set_rng_seed, which reaches NumPy
+        torch.default_generator.manual_seed(seed)
+        if accelerators:
+            torch.cuda.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
             yield
@@ -166,15 +179,17 @@ class TracedModel:
         self.dtype = dtype
         self.device = y.device
         self.num_data = num_data(x)
+        self.data_plate: str | None = None
         _refuse_mutating_modules(model)
-        with isolated(dtype), torch.no_grad():
+        with isolated(dtype, self.device), torch.no_grad():
             first = self._record(None, None, x, y)
-            second = self._record(None, None, x, y)
-        self.observed = _find_observed(first)
-        _refuse_messages(first)
-        self.sites = _find_sites(first, self.num_data)
-        again = _find_sites(second, self.num_data)
-        _refuse_changes(self.sites, again)
+            message = _find_observed(first)
+            self.observed: str = message["name"]
+            self.data_plate = _find_data_plate(message, self.num_data, y.dim())
+            _refuse_messages(first)
+            first, second = self._record(None, None, x, y), self._record(None, None, x, y)
+        self.sites = _find_sites(first, self.data_plate)
+        _refuse_changes(self.sites, _find_sites(second, self.data_plate))
 
     @property
     def local_sites(self) -> list[str]:
@@ -182,8 +197,8 @@ class TracedModel:
         return [s.name for s in self.sites if s.local]
 
     def _record(self, values: dict[str, Tensor] | None, observed: str | None, x: Tree, y: Any) -> list[dict[str, Any]]:
-        recorder = _Recorder(values, observed)
-        with _full_plates(num_data(x)), recorder:
+        recorder = _Recorder(values, observed, self.device)
+        with _full_plates(num_data(x), self.data_plate, self.device), recorder:
             self.model(x, y)
         return recorder.messages
 
@@ -201,8 +216,7 @@ class TracedModel:
         """
         names = {s.name for s in self.sites}
         draws = []
-        with isolated(self.dtype), torch.no_grad():
-            pyro.set_rng_seed(seed % 2**32)
+        with isolated(self.dtype, self.device, seed % 2**63), torch.no_grad():
             for _ in range(num):
                 messages = self._record(None, None, x, y)
                 draws.append({m["name"]: m["value"] for m in messages if m["name"] in names})
@@ -224,27 +238,56 @@ class TracedModel:
         """
         try:
             messages = self._record(values, self.observed, x, y)
-        except RuntimeError as error:
-            if "tracing tensor" in str(error) or "data-dependent" in str(error).lower():
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            if _is_decision(error):
                 raise UnsupportedModelError(
-                    "the model takes a Python decision on a latent value (`if`, `float()`, `.item()`), so its density is not "
-                    "one fixed graph; write the branch with torch.where or a mixture distribution"
+                    "the model takes a Python decision on a latent value or on the data (`if`, `float()`, `.item()`), so its "
+                    "density is not one fixed graph; write the branch with torch.where or a mixture distribution"
+                ) from error
+            if y is None:
+                raise UnsupportedModelError(
+                    f"the model cannot run without targets, which predictions need: model(x, None) raised "
+                    f"{type(error).__name__}: {error}; take sizes from x, and pass y to `obs=` only"
                 ) from error
             raise
-        return _terms(messages, {s.name for s in self.sites}, self.observed, num_data(x), with_data=y is not None)
+        self._check_sites(messages)
+        return _terms(messages, self, num_data(x), with_data=y is not None)
+
+    def _check_sites(self, messages: list[dict[str, Any]]) -> None:
+        expected = {s.name for s in self.sites}
+        found = {m["name"] for m in messages if _is_latent(m)} - {self.observed}
+        if found != expected:
+            raise UnsupportedModelError(
+                f"the model's sites change between runs: site {min(found ^ expected)!r} is not in all of them; every run must "
+                "have the same sites, with and without y"
+            )
+        if self.observed not in {m["name"] for m in messages}:
+            raise UnsupportedModelError(
+                f"the observed site {self.observed!r} is missing from a run without targets, which predictions need; write "
+                f"pyro.sample({self.observed!r}, ..., obs=y) whether or not y is None"
+            )
 
 
-def _terms(messages: list[dict[str, Any]], latent: set[str], observed: str, batch: int, *, with_data: bool) -> Terms:
-    log_prior = torch.zeros(())
-    log_likelihood = torch.zeros(batch)
+def _is_decision(error: Exception) -> bool:
+    """Whether recording failed because Python asked for the value of a tensor."""
+    text = str(error).lower()
+    return "tracing tensor" in text or "data-dependent" in text or "proxytensor" in text or "faketensor" in text
+
+
+def _terms(messages: list[dict[str, Any]], traced: TracedModel, batch: int, *, with_data: bool) -> Terms:
+    log_prior = torch.zeros((), device=traced.device)
+    log_likelihood = torch.zeros(batch, device=traced.device)
     fn = None
+    latent = {s.name for s in traced.sites}
     for msg in messages:
         if msg["type"] != "sample" or _is_plate(msg) or _is_deterministic(msg):
             continue
-        frame = _data_frame(msg, batch)
+        frame = _data_frame(msg, traced.data_plate)
         if msg["name"] in latent:
             log_prior = log_prior + _log_prob(msg).sum()
-        elif msg["name"] == observed:
+        elif msg["name"] == traced.observed:
             fn = _per_datum(msg, frame)
             if with_data:
                 log_likelihood = log_likelihood + _sum_to_batch(_log_prob(msg), frame, batch)
@@ -272,11 +315,32 @@ def _per_datum(msg: dict[str, Any], frame: Any) -> Any:
     return msg["fn"].to_event(inner) if inner else msg["fn"]
 
 
-def _data_frame(msg: dict[str, Any], batch: int) -> Any:
-    """The plate over the data, if the site is in it (vectorised plates whose size is the number of data)."""
-    frames = [f for f in msg["cond_indep_stack"] if f.dim is not None and f.size == batch]
-    named = [f for f in frames if f.name == "data"]
-    return (named or frames or [None])[0]
+def _data_frame(msg: dict[str, Any], data_plate: str | None) -> Any:
+    """The plate over the data, if the site is in it."""
+    return next((f for f in msg["cond_indep_stack"] if f.dim is not None and f.name == data_plate), None)
+
+
+def _find_data_plate(message: dict[str, Any], batch: int, target_dim: int) -> str:
+    """Name of the plate over the data: of the batch's size and, among several, along the first dimension of y."""
+    frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
+    if not frames:
+        raise UnsupportedModelError(
+            f"the observed site {message['name']!r} is in no plate, so the data are not known to be independent; put it inside "
+            '`with pyro.plate("data", len(x)):`'
+        )
+    sized = [f for f in frames if f.size == batch]
+    if not sized:
+        raise UnsupportedModelError(
+            f"the observed site {message['name']!r} is in plates of size {[f.size for f in frames]}, but there are {batch} "
+            'data; put it inside `with pyro.plate("data", len(x)):`'
+        )
+    first = [f for f in sized if -f.dim == target_dim - message["fn"].event_dim]
+    named = [f for f in sized if f.name == "data"]
+    return (first or named or sized)[0].name
+
+
+def _is_latent(msg: dict[str, Any]) -> bool:
+    return msg["type"] == "sample" and not msg["is_observed"] and not _is_plate(msg)
 
 
 def _is_plate(msg: dict[str, Any]) -> bool:
@@ -291,9 +355,9 @@ def _is_factor(msg: dict[str, Any]) -> bool:
     return isinstance(unwrap(msg["fn"])[0], dist.Unit)
 
 
-def _find_observed(messages: list[dict[str, Any]]) -> str:
+def _find_observed(messages: list[dict[str, Any]]) -> dict[str, Any]:
     found = [
-        m["name"]
+        m
         for m in messages
         if m["type"] == "sample"
         and m["is_observed"]
@@ -306,14 +370,8 @@ def _find_observed(messages: list[dict[str, Any]]) -> str:
         )
     if len(found) > 1:
         raise UnsupportedModelError(
-            f"the model has {len(found)} observed sites ({', '.join(map(repr, found))}); one is supported: join the targets "
+            f"the model has {len(found)} observed sites ({', '.join(repr(m['name']) for m in found)}); one is supported: join the targets "
             "in one distribution with `.to_event`, or move the others into a `pyro.factor`"
-        )
-    message = next(m for m in messages if m["name"] == found[0])
-    if not any(f.dim is not None for f in message["cond_indep_stack"]):
-        raise UnsupportedModelError(
-            f"the observed site {found[0]!r} is in no plate, so the data are not known to be independent; put it inside "
-            '`with pyro.plate("data", len(x)):`'
         )
     return found[0]
 
@@ -325,8 +383,11 @@ def _refuse_messages(messages: list[dict[str, Any]]) -> None:
                 f"site {msg['name']!r} is a `pyro.param`, which has no prior; give it one with `pyro.sample`, or pass the value "
                 "in as a constant"
             )
-        latent = msg["type"] == "sample" and not msg["is_observed"] and not _is_plate(msg)
-        if latent and is_discrete(msg["fn"].support):
+        if _is_latent(msg) and isinstance(unwrap(msg["fn"])[0], dist.Delta):
+            raise UnsupportedModelError(
+                f"latent site {msg['name']!r} is a Delta, which has no density; use `pyro.deterministic` or a plain tensor"
+            )
+        if _is_latent(msg) and is_discrete(msg["fn"].support):
             raise UnsupportedModelError(
                 f"latent site {msg['name']!r} is discrete ({type(unwrap(msg['fn'])[0]).__name__}); sum it out, for instance with "
                 "dist.MixtureSameFamily"
@@ -334,32 +395,55 @@ def _refuse_messages(messages: list[dict[str, Any]]) -> None:
 
 
 def _refuse_mutating_modules(model: Model) -> None:
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    for name, module in modules:
-        kind = type(module)
+    for name, module in _reachable_modules(model):
+        kind = type(module).__name__
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if module.training and (batch_norm or dropout):
             raise UnsupportedModelError(
-                f"module {name!r} ({kind.__name__}) is in training mode, where the likelihood of one datum depends on the batch "
+                f"module {name!r} ({kind}) is in training mode, where the likelihood of one datum depends on the batch "
                 "or on chance; call `.eval()` on the network first"
+            )
+        if batch_norm and module.running_mean is None:
+            raise UnsupportedModelError(
+                f"module {name!r} ({kind}) has no running statistics, so the likelihood of one datum depends on the batch; "
+                "use track_running_stats=True or another normalisation"
             )
 
 
-def _find_sites(messages: list[dict[str, Any]], batch: int) -> tuple[Site, ...]:
+def _reachable_modules(model: Model) -> list[tuple[str, nn.Module]]:
+    """Modules that a model is, holds, or reads from its closure and globals, with their names."""
+    roots: dict[str, Any] = {"": model}
+    while isinstance(model, functools.partial):
+        roots |= {str(i): a for i, a in enumerate(model.args)} | model.keywords
+        model = model.func
+    if inspect.ismethod(model):
+        roots |= {"self": model.__self__} | vars(model.__self__) if hasattr(model.__self__, "__dict__") else {}
+        model = model.__func__
+    if inspect.isfunction(model):
+        seen = inspect.getclosurevars(model)
+        roots |= {**seen.globals, **seen.nonlocals}
+    elif not isinstance(model, nn.Module) and hasattr(model, "__dict__"):
+        roots |= vars(model)
+    found = []
+    for name, root in roots.items():
+        if isinstance(root, nn.Module):
+            found += [(".".join(filter(None, (name, inner))), m) for inner, m in root.named_modules()]
+    return found
+
+
+def _find_sites(messages: list[dict[str, Any]], data_plate: str | None) -> tuple[Site, ...]:
     sites: list[Site] = []
     start = 0
     for msg in messages:
-        if msg["type"] != "sample" or msg["is_observed"] or _is_plate(msg):
+        if not _is_latent(msg):
             continue
         fn, value = msg["fn"], msg["value"]
         shape = tuple(bijection(fn.support).inv(value).shape)
         stop = start + int(torch.Size(shape).numel())
         plates = tuple((f.name, f.dim) for f in msg["cond_indep_stack"] if f.dim is not None)
-        local = msg["cond_indep_stack"] and _data_frame(msg, batch) is not None
-        sites.append(
-            Site(msg["name"], tuple(value.shape), shape, fn.support, fn.event_dim, start, stop, plates, bool(local))
-        )
+        local = _data_frame(msg, data_plate) is not None
+        sites.append(Site(msg["name"], tuple(value.shape), shape, fn.support, fn.event_dim, start, stop, plates, local))
         start = stop
     if not sites:
         raise UnsupportedModelError("the model has no latent site: nothing has a prior, so there is nothing to infer")

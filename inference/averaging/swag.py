@@ -1,6 +1,6 @@
 r"""SWAG: a Gaussian from the moments of SGD's iterates at a constant step size.
 
-After a first phase that finds a solution, SGD goes on at a constant step size. Snapshots :math:`\theta_i`, one an epoch,
+After a first phase that finds a solution, SGD goes on at a constant step size. Snapshots :math:`\theta_i` (one an epoch)
 give running moments; their deviations :math:`\theta_i - \bar\theta_i` from the running mean that includes them, of
 which the last K are kept, are the columns of D:
 

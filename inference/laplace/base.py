@@ -18,7 +18,7 @@ from torch import Tensor
 from inference.backend import Backend, Run, check_integer
 from inference.distributions import FlatGaussian
 from inference.errors import ApproximationWarning
-from inference.laplace.mode import energy_of, find_mode
+from inference.laplace.mode import Energy, energy_of, find_mode
 from inference.point import MAP
 from inference.posterior import GaussianPosterior
 from inference.target import Target
@@ -83,10 +83,11 @@ class Laplace(Backend):
         """
         self._check_target(target)
         mode = find_mode(target, run, self.start, self.polish_steps)
-        gaussian, notes = self.refine(target, mode, run)
+        energy = energy_of(target, run)
+        gaussian, notes = self.refine(target, mode, energy, run)
         for note in notes:
             run.warn(ApproximationWarning, note)
-        log_density = self._check_mode(target, gaussian, run)
+        log_density = self._check_mode(target, gaussian, energy, run)
         untempered = target.temperature == 1 and target.likelihood_temperature == 1
         evidence = log_density - float(gaussian.log_prob(gaussian.loc)) if untempered else None
         if self.predictive == "sampled":
@@ -113,12 +114,13 @@ class Laplace(Backend):
             The Gaussian, and what had to be done to the curvature to get it.
         """
 
-    def refine(self, target: Target, theta: Tensor, run: Run) -> tuple[FlatGaussian, Notes]:
+    def refine(self, target: Target, theta: Tensor, energy: Energy, run: Run) -> tuple[FlatGaussian, Notes]:
         """Take the curvature at the mode, moving the mode where the curvature can tell how.
 
         Args:
             target: The tempered target.
             theta: The mode as found so far, shape (P,).
+            energy: Log density and gradient.
             run: The fit in progress.
 
         Returns:
@@ -135,9 +137,9 @@ class Laplace(Backend):
         if self.curvature == "ggn" or self.predictive == "linearized":
             _ = target.family().eta_names  # a likelihood without a closed form is refused before the work, not after
 
-    def _check_mode(self, target: Target, gaussian: FlatGaussian, run: Run) -> float:
-        """Log density at the mode; how far off it is goes to the record, and to a warning where it matters."""  # noqa: DOC201
-        value, gradient = energy_of(target, run)(gaussian.loc)
+    def _check_mode(self, target: Target, gaussian: FlatGaussian, energy: Energy, run: Run) -> float:
+        # The log density at the mode. How far from one it is goes to the record, and to a warning where it matters.
+        value, gradient = energy(gaussian.loc)
         decrement = float(gradient @ gaussian.covariance_times(gradient))
         run.info.extra |= {
             "log_density_at_mode": float(value),

@@ -17,7 +17,7 @@ from inference.backend import Run, check_integer
 from inference.distributions import DenseGaussian
 from inference.laplace.base import Laplace, Notes, site_of
 from inference.laplace.memory import require_memory
-from inference.laplace.mode import climb, energy_of
+from inference.laplace.mode import Energy, climb
 from inference.target import Target
 
 # H, the precision, its Cholesky factor and the factorisation's or the eigensolver's workspace, in float64.
@@ -36,7 +36,7 @@ class DenseLaplace(Laplace):
     newton_steps: int = 20
 
     bias: ClassVar[str] = "exact on linear-Gaussian models; elsewhere one mode, with its curvature as its only width"
-    reference: ClassVar[str] = "mackay1992"
+    reference: ClassVar[str] = "MacKay 1992; Daxberger et al. 2021"
 
     def __post_init__(self) -> None:
         """Check the number of Newton steps."""
@@ -74,19 +74,19 @@ class DenseLaplace(Laplace):
         factor = (factor / target.temperature**0.5).to(target.dtype)
         return DenseGaussian(theta, precision_tril=factor), notes
 
-    def refine(self, target: Target, theta: Tensor, run: Run) -> tuple[DenseGaussian, Notes]:
+    def refine(self, target: Target, theta: Tensor, energy: Energy, run: Run) -> tuple[DenseGaussian, Notes]:
         """Newton steps from the mode found so far; the curvature returned is the one at the mode returned.
 
         Args:
             target: The tempered target.
             theta: The mode as found so far, shape (P,).
+            energy: Log density and gradient.
             run: The fit in progress.
 
         Returns:
             As `approximate`.
         """
         gaussian, notes = self.approximate(target, theta, run)
-        energy = energy_of(target, run)
         previous = float("inf")
         for _ in range(self.newton_steps if self.start is not None else 0):
             value, gradient = energy(gaussian.loc)

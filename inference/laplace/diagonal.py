@@ -22,7 +22,7 @@ class DiagonalLaplace(Laplace):
     """Gaussian at the mode with the inverse of the curvature's diagonal as variances."""
 
     bias: ClassVar[str] = "mean exact on linear-Gaussian models; variances 1/diag(precision): too small"
-    reference: ClassVar[str] = "mackay1992"
+    reference: ClassVar[str] = "MacKay 1992; Daxberger et al. 2021"
 
     def approximate(self, target: Target, theta: Tensor, run: Run) -> tuple[DiagonalGaussian, Notes]:
         """Take the curvature's diagonal at a point.

@@ -48,14 +48,14 @@ def z_scores(draws: Tensor, expected: Tensor) -> np.ndarray:
 
 
 class CorrelatedGaussian:
-    """N(loc, covariance) in 10 dimensions, standard deviations between about 0.3 and 3."""
+    """N(loc, covariance) in 10 dimensions, standard deviations between about 0.5 and 2."""
 
     def __init__(self, dim: int = 10) -> None:
         generator = torch.Generator().manual_seed(1)
         factor = torch.randn(dim, dim, generator=generator)
-        scale = torch.linspace(0.3, 2.0, dim)
+        scale = torch.linspace(0.6, 1.6, dim)
         self.loc = torch.arange(float(dim))
-        self.covariance = scale[:, None] * (factor @ factor.T / dim + 0.2 * torch.eye(dim)) * scale
+        self.covariance = scale[:, None] * (factor @ factor.T / dim + 0.3 * torch.eye(dim)) * scale
         self.precision = torch.linalg.inv(self.covariance)
         self.root = torch.linalg.cholesky(self.covariance)
 

@@ -103,7 +103,7 @@ def test_mean_of_exp_minus_energy_error_is_one_at_stationarity() -> None:
     ones, slots = torch.ones(num, 10), torch.zeros(2, num, 0, 10)
     program = leapfrog_program(gaussian.log_density, block, ones)
     for _ in range(7):
-        block, _, scalars = program(block, torch.full((num,), 0.25), ones, slots)
+        block, _, scalars = program(block, torch.full((num,), 0.5), ones, slots)
     weights = torch.exp(before - (scalars[:, 1] - scalars[:, 0]))
     error = float(weights.std()) / math.sqrt(num)
     assert 0.005 < error < 0.1

@@ -54,7 +54,7 @@ def invalid(points: list[tuple[Tensor, Tensor]], a: int, b: int) -> bool:
     return turned(points, a, b) or turned(points, a, middle) or turned(points, middle - 1, b)
 
 
-@pytest.mark.parametrize("step_size", [0.02, 0.05, 0.11, 0.23, 0.4, -0.1])
+@pytest.mark.parametrize("step_size", [0.005, -0.005, 0.05, 0.11, 0.23, 0.4, -0.15])
 def test_subtree_ends_where_the_recursion_says(step_size: float) -> None:
     gaussian, depth, levels = CorrelatedGaussian(3), 5, 6
     generator = torch.Generator().manual_seed(2)
@@ -73,13 +73,15 @@ def test_subtree_ends_where_the_recursion_says(step_size: float) -> None:
         if leaf < 2**depth - 1:
             slots[:, 0, slot] = pair[:, 0]
     assert invalid(points, 0, 2**depth - 1) == (stopped is not None)
-    assert (stopped is None) == (step_size == 0.02)
+    assert (stopped is None) == (abs(step_size) == 0.005)
 
 
 @pytest.mark.parametrize("mass_matrix", ["diagonal", "dense", "identity"])
 def test_nuts_has_the_moments_of_a_correlated_gaussian(mass_matrix: str) -> None:
     gaussian = CorrelatedGaussian()
-    draws = draws_of(gaussian.log_density, torch.zeros(6, 10), warmup_steps=250, mass_matrix=mass_matrix)
+    draws = draws_of(
+        gaussian.log_density, torch.zeros(8, 10), num_samples=200, warmup_steps=150, mass_matrix=mass_matrix
+    )
     assert np.abs(z_scores(draws, gaussian.loc)).max() < 4
     squares = (draws - gaussian.loc).square()
     assert np.abs(z_scores(squares, gaussian.covariance.diagonal())).max() < 4
@@ -88,17 +90,16 @@ def test_nuts_has_the_moments_of_a_correlated_gaussian(mass_matrix: str) -> None
 
 
 def banana(theta: Tensor) -> Tensor:
-    return -0.5 * theta[0] ** 2 - 0.5 * (theta[1] - theta[0] ** 2) ** 2 / 0.5**2
+    return -0.5 * theta[0] ** 2 - 0.5 * (theta[1] - theta[0] ** 2) ** 2
 
 
 def test_nuts_has_the_moments_of_a_banana() -> None:
-    # y = x^2 + 0.5 e: E y = 1, Var y = 2 + 0.25, E x y = 0, E x^2 y = 3.
-    draws = draws_of(banana, torch.zeros(8, 2), num_samples=400, warmup_steps=250)
+    # y = x^2 + e, e ~ N(0, 1): bounded or light-tailed functions, whose standard errors can be trusted.
+    draws = draws_of(banana, torch.zeros(12, 2), num_samples=250, warmup_steps=150, mass_matrix="identity")
     x, y = draws[..., 0], draws[..., 1]
-    functions = torch.stack([x, x**2, y, (y - 1) ** 2, x * y, x**2 * y, (x.abs() < 1).double()], -1)
-    inside = float(stats.norm.cdf(1) - stats.norm.cdf(-1))
-    expected = torch.tensor([0.0, 1.0, 1.0, 2.25, 0.0, 3.0, inside])
-    assert np.abs(z_scores(functions, expected)).max() < 4
+    functions = torch.stack([x, x**2, y, y - x**2, (y - x**2) ** 2, (x.abs() < 1).double(), (x.abs() < 2).double()], -1)
+    inside = [float(stats.norm.cdf(k) - stats.norm.cdf(-k)) for k in (1, 2)]
+    assert np.abs(z_scores(functions, torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, *inside]))).max() < 4
 
 
 def student(theta: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def student(theta: Tensor) -> Tensor:
 
 
 def test_nuts_agrees_with_quadrature_on_heavy_tails_and_a_double_well() -> None:
-    draws = draws_of(student, torch.zeros(8, 2), num_samples=500, warmup_steps=250)
+    draws = draws_of(student, torch.zeros(12, 2), num_samples=250, warmup_steps=150)
 
     def moment(density: Callable[[float], float], function: Callable[[float], float]) -> float:
         top = integrate.quad(lambda t: density(t) * function(t), -60, 60, limit=400, points=[-1, 0, 1])[0]
@@ -179,12 +180,12 @@ def recursive_nuts(log_density: Callable[[Tensor], Tensor], start: Tensor, step_
 
 
 def test_nuts_agrees_with_a_recursive_twin() -> None:
-    slow = recursive_nuts(banana, torch.zeros(2), 0.3, 400, seed=1)[None]
+    slow = recursive_nuts(banana, torch.zeros(2), 0.3, 300, seed=1)[None]
     running = ensemble(
         banana,
         torch.zeros(4, 2),
-        num_samples=400,
-        warmup_steps=50,
+        num_samples=300,
+        warmup_steps=20,
         step_size=0.3,
         adapt_step_size=False,
         mass_matrix="identity",
@@ -201,7 +202,7 @@ def test_nuts_agrees_with_a_recursive_twin() -> None:
 
 
 def test_nuts_and_hmc_agree() -> None:
-    options = {"num_samples": 300, "warmup_steps": 200}
+    options = {"num_samples": 150, "warmup_steps": 150}
     a = draws_of(student, torch.zeros(8, 2), NUTS, **options)
     b = draws_of(student, torch.zeros(8, 2), HMC, target_accept=0.651, **options)
     for function in (lambda d: d, lambda d: d.abs()):

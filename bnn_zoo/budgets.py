@@ -1,0 +1,142 @@
+"""How much each backend may do: hyperparameters per backend and budget, and the user's changes to them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bnn_zoo.data.registry import did_you_mean
+from bnn_zoo.errors import UsageError, usage
+from inference.backend import Backend
+from inference.point.map import MAP
+from inference.registry import BACKENDS, find_backend
+
+NINE = (
+    "map",
+    "mean_field_vi",
+    "hmc",
+    "nuts",
+    "dense_laplace",
+    "diagonal_laplace",
+    "swag",
+    "deep_ensemble",
+    "svgd",
+)
+
+# demo: all nine on UCI energy (N = 691, P = 502) in about two minutes on one core; standard: what a paper would run,
+# ten minutes or so; long: until the chains agree. Whatever is not named here keeps the backend's own default.
+BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {
+        "map": {"num_steps": 2000},
+        "mean_field_vi": {"num_steps": 5000},
+        "hmc": {"num_samples": 100, "warmup_steps": 150, "num_chains": 2, "max_leapfrogs": 100},
+        "nuts": {"num_samples": 150, "warmup_steps": 200, "num_chains": 4, "max_tree_depth": 6},
+        "dense_laplace": {"start": MAP(num_steps=2000)},
+        "diagonal_laplace": {"start": MAP(num_steps=2000)},
+        "swag": {"num_steps": 4000},
+        "deep_ensemble": {"num_members": 5, "num_steps": 2000},
+        "svgd": {"num_particles": 20, "num_steps": 1000},
+        "pyro_guide_vi": {"num_steps": 1000},
+        "pyro_mcmc": {"num_samples": 50, "warmup_steps": 50},
+    },
+    "standard": {
+        "map": {"num_steps": 5000},
+        "mean_field_vi": {"num_steps": 20_000},
+        "hmc": {"num_samples": 500, "warmup_steps": 500, "num_chains": 4, "max_leapfrogs": 500},
+        "nuts": {"num_samples": 500, "warmup_steps": 500, "num_chains": 4, "max_tree_depth": 8},
+        "dense_laplace": {"start": MAP(num_steps=5000)},
+        "diagonal_laplace": {"start": MAP(num_steps=5000)},
+        "swag": {"num_steps": 20_000},
+        "deep_ensemble": {"num_members": 10, "num_steps": 5000},
+        "svgd": {"num_particles": 50, "num_steps": 3000},
+        "pyro_guide_vi": {"num_steps": 5000},
+        "pyro_mcmc": {},
+    },
+    "long": {
+        "map": {"num_steps": 10_000, "num_restarts": 4},
+        "mean_field_vi": {"num_steps": 50_000, "num_particles": 4},
+        "hmc": {"num_samples": 2000, "warmup_steps": 2000, "num_chains": 8, "max_leapfrogs": 1000},
+        "nuts": {"num_samples": 2000, "warmup_steps": 2000, "num_chains": 8, "max_tree_depth": 10},
+        "dense_laplace": {"start": MAP(num_steps=10_000, num_restarts=4)},
+        "diagonal_laplace": {"start": MAP(num_steps=10_000, num_restarts=4)},
+        "swag": {"num_steps": 100_000},
+        "deep_ensemble": {"num_members": 20, "num_steps": 10_000},
+        "svgd": {"num_particles": 100, "num_steps": 10_000},
+        "pyro_guide_vi": {"num_steps": 20_000},
+        "pyro_mcmc": {},
+    },
+}
+
+
+def parse_backends(text: str) -> tuple[str, ...]:
+    """Backend names from a text such as ``map,nuts``.
+
+    Args:
+        text: Names separated by commas; class names are understood as well.
+
+    Returns:
+        Command-line names, each once, in the order given.
+
+    Raises:
+        UsageError: If a name is unknown or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--backends must name at least one backend, such as map,nuts; `bnn-zoo list backends` shows all")
+    with usage():
+        return tuple(dict.fromkeys(find_backend(name).name for name in names))
+
+
+def make_backends(names: Iterable[str], budget: str, changes: Sequence[str] = ()) -> dict[str, Backend]:
+    """Backends with the hyperparameters of a budget.
+
+    Args:
+        names: Command-line names.
+        budget: One of :data:`BUDGETS`.
+        changes: Texts such as ``nuts.num_samples=500``.
+
+    Returns:
+        Backend by name, in order.
+
+    Raises:
+        UsageError: If the budget or a change is not possible.
+    """
+    if budget not in BUDGETS:
+        raise UsageError(f"unknown budget {budget!r}: {did_you_mean(budget, BUDGETS, 'budgets')}")
+    backends = {}
+    for name in names:
+        backends[name] = BACKENDS[name].cls(**BUDGETS[budget].get(name, {}))
+    for text in changes:
+        name, path, value = _parse_change(text, backends)
+        with usage(f"--set {text}: "):
+            backends[name] = _changed(backends[name], path, value)
+    return backends
+
+
+def _parse_change(text: str, backends: dict[str, Backend]) -> tuple[str, list[str], Any]:
+    left, equals, right = text.partition("=")
+    name, *path = left.strip().split(".")
+    if not equals or not path:
+        raise UsageError(f"--set must look like nuts.num_samples=500, got {text!r}")
+    if name not in backends:
+        raise UsageError(f"--set {text}: {name!r} is not in this comparison: {did_you_mean(name, backends, 'backends')}")
+    try:
+        return name, path, ast.literal_eval(right.strip())
+    except (ValueError, SyntaxError):
+        return name, path, right.strip()
+
+
+def _changed(owner: Any, path: list[str], value: Any) -> Any:
+    """A copy with one field changed; ``path`` leads through fields that hold backends (``start.num_steps``)."""
+    fields = [f.name for f in dataclasses.fields(owner) if f.name != "progress"]
+    head, *rest = path
+    if head not in fields:
+        raise UsageError(f"{type(owner).__name__} has no {head!r}: {did_you_mean(head, fields, 'hyperparameters')}")
+    if rest:
+        inner = getattr(owner, head)
+        if not dataclasses.is_dataclass(inner):
+            raise UsageError(f"{type(owner).__name__}.{head} is {inner!r}, which has no {rest[0]!r}")
+        value = _changed(inner, rest, value)
+    return dataclasses.replace(owner, **{head: value})

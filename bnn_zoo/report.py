@@ -1,0 +1,3 @@
+from pathlib import Path
+def write_report(out, results):
+    return Path(out) / "report.html"

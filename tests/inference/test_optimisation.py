@@ -1,0 +1,153 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from inference.backend import Run
+from inference.errors import NonFiniteError
+from inference.optimisation import Recipe, energy_per_datum, polish, train
+from inference.point import MAP
+from inference.target import Target, compile_target
+
+PRIOR_SCALE, NOISE = 1.5, 0.5
+
+
+def linear(x: Tensor, y: Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), PRIOR_SCALE).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+
+
+def network(x: Tensor, y: Tensor | None = None) -> None:
+    w0 = pyro.sample("w0", dist.Normal(torch.zeros(3, 5), 1.0).to_event(2))
+    w1 = pyro.sample("w1", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(torch.tanh(x @ w0) @ w1, noise), obs=y)
+
+
+def data(num: int = 40) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(num, 3, generator=generator)
+    return x, x @ torch.tensor([1.0, -2.0, 0.5]) + NOISE * torch.randn(num, generator=generator)
+
+
+def a_run(target: Target, seed: int = 0) -> Run:
+    return Run(MAP(progress=False), target, seed)
+
+
+def test_loss_is_the_energy_per_datum() -> None:
+    target = compile_target(network, *data())
+    theta = target.sample_prior(1)[0]
+    loss = energy_per_datum(target)(theta, target.x, target.y)
+    torch.testing.assert_close(loss * target.num_data, -target.log_density(theta), rtol=1e-12, atol=0)
+
+
+def test_doubling_the_data_doubles_the_data_part_of_the_energy() -> None:
+    x, y = data()
+    once, twice = compile_target(network, x, y), compile_target(network, torch.cat([x, x]), torch.cat([y, y]))
+    theta = once.sample_prior(1)[0]
+    parts = [
+        energy_per_datum(t)(theta, t.x, t.y) * t.num_data + t.log_prior(theta) for t in (once, twice)
+    ]  # the data part alone
+    torch.testing.assert_close(parts[1], 2 * parts[0], rtol=1e-12, atol=0)
+
+
+def test_one_sgd_step_is_torch_sgd_with_weight_decay_one_over_variance_and_num_data() -> None:
+    x, y = data()
+    target = compile_target(linear, x, y)
+    start = torch.tensor([[0.3, -0.2, 0.9]])
+    recipe = Recipe(num_steps=1, step_size=0.01, optimiser="sgd", schedule="constant")
+    ours = train(target, a_run(target), start, recipe).theta[0]
+
+    weight = start[0].clone().requires_grad_()
+    optimiser = torch.optim.SGD([weight], lr=0.01, momentum=0.9, weight_decay=1 / (PRIOR_SCALE**2 * len(x)))
+    (-dist.Normal(x @ weight, NOISE).log_prob(y).mean()).backward()
+    optimiser.step()
+    torch.testing.assert_close(ours, weight.detach(), rtol=1e-12, atol=0)
+
+
+def test_without_prior_the_loss_is_the_mean_negative_log_likelihood() -> None:
+    x, y = data()
+    target = compile_target(linear, x, y)
+    theta = torch.tensor([0.3, -0.2, 0.9])
+    expected = -dist.Normal(x @ theta, NOISE).log_prob(y).mean()
+    torch.testing.assert_close(energy_per_datum(target, prior=False)(theta, x, y), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+@pytest.mark.parametrize("optimiser", ["adam", "sgd", "adagrad"])
+def test_stacked_members_and_a_loop_over_members_end_at_the_same_theta(batch_size: int | None, optimiser: str) -> None:
+    target = compile_target(network, *data())
+    start = target.initial(3, seed=0)
+    recipe = Recipe(num_steps=30, step_size=1e-3, batch_size=batch_size, optimiser=optimiser)  # type: ignore[arg-type]
+    ends = [train(target, a_run(target), start, recipe, together=together).theta for together in (True, False)]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
+    assert (ends[0] - start).abs().max() > 1e-3
+
+
+def test_a_member_does_not_depend_on_how_many_train_beside_it() -> None:
+    target = compile_target(network, *data())
+    recipe = Recipe(num_steps=30, step_size=1e-3, batch_size=10)
+    two, four = (train(target, a_run(target), target.initial(m, seed=0), recipe).theta for m in (2, 4))
+    torch.testing.assert_close(two, four[:2], rtol=1e-9, atol=1e-11)
+    assert (four[0] - four[1]).abs().max() > 1e-2
+
+
+def test_the_callback_sees_every_step_and_the_theta_after_it() -> None:
+    target = compile_target(linear, *data())
+    seen: list[tuple[int, Tensor]] = []
+    recipe = Recipe(num_steps=5, step_size=0.1)
+    end = train(
+        target,
+        a_run(target),
+        torch.zeros(2, 3),
+        recipe,
+        callback=lambda step, members, theta: seen.append((step, theta.clone())),
+    )
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    torch.testing.assert_close(seen[-1][1], end.theta, rtol=0, atol=0)
+
+
+def test_gradients_are_counted_in_passes_over_the_data() -> None:
+    target = compile_target(linear, *data(40))
+    run = a_run(target)
+    train(target, run, torch.zeros(3, 3), Recipe(num_steps=8, step_size=0.1, batch_size=10))
+    assert run.info.gradients == pytest.approx(3 * 8 * 10 / 40)
+
+
+def test_a_diverging_loss_stops_with_the_step_and_the_site() -> None:
+    target = compile_target(linear, *data())
+    recipe = Recipe(num_steps=5000, step_size=1e3, optimiser="sgd", schedule="constant")
+    with pytest.raises(NonFiniteError, match=r"step \d+: the loss of member 0 .* site 'w' is not finite.*step_size"):
+        train(target, a_run(target), torch.ones(1, 3), recipe)
+
+
+def test_the_error_names_the_member_whose_loss_is_not_finite() -> None:
+    target = compile_target(linear, *data())
+    start = torch.stack([torch.ones(3), torch.full((3,), 1e200)])
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss of member 1 is inf"):
+        train(target, a_run(target), start, Recipe(num_steps=2, step_size=0.1))
+
+
+def test_cosine_schedule_ends_at_zero_and_a_function_is_a_factor() -> None:
+    theta = torch.zeros(1, 3)
+    for schedule, expected in (("cosine", 0.0), (lambda step: 0.5, 0.05)):
+        optimiser, scheduler = Recipe(num_steps=7, step_size=0.1, schedule=schedule).optimiser_for(theta)  # type: ignore[arg-type]
+        theta.grad = torch.zeros_like(theta)
+        for _ in range(7):
+            optimiser.step()
+            assert scheduler is not None
+            scheduler.step()
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_polishing_reaches_a_stationary_point_and_never_climbs() -> None:
+    target = compile_target(network, *data())
+    loss = energy_per_datum(target)
+    start = target.initial(1, seed=3)[0]
+    end = polish(target, a_run(target), start, loss, max_steps=500)
+    assert loss(end, target.x, target.y) < loss(start, target.x, target.y)
+    gradient = torch.func.grad(loss)(end, target.x, target.y)
+    assert gradient.abs().max() < 1e-5
