@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bnn_zoo.data.registry import did_you_mean
@@ -35,7 +35,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "nuts": {"num_samples": 150, "warmup_steps": 200, "num_chains": 4, "max_tree_depth": 6},
         "dense_laplace": {"start": MAP(num_steps=2000)},
         "diagonal_laplace": {"start": MAP(num_steps=2000)},
-        "swag": {"num_steps": 4000},
+        "swag": {"num_steps": 6000, "batch_size": 100, "optimiser": "adam"},
         "deep_ensemble": {"num_members": 5, "num_steps": 2000},
         "svgd": {"num_particles": 20, "num_steps": 1000},
         "pyro_guide_vi": {"num_steps": 1000},
@@ -48,7 +48,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "nuts": {"num_samples": 500, "warmup_steps": 500, "num_chains": 4, "max_tree_depth": 8},
         "dense_laplace": {"start": MAP(num_steps=5000)},
         "diagonal_laplace": {"start": MAP(num_steps=5000)},
-        "swag": {"num_steps": 20_000},
+        "swag": {"num_steps": 20_000, "batch_size": 100, "optimiser": "adam"},
         "deep_ensemble": {"num_members": 10, "num_steps": 5000},
         "svgd": {"num_particles": 50, "num_steps": 3000},
         "pyro_guide_vi": {"num_steps": 5000},
@@ -61,7 +61,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "nuts": {"num_samples": 2000, "warmup_steps": 2000, "num_chains": 8, "max_tree_depth": 10},
         "dense_laplace": {"start": MAP(num_steps=10_000, num_restarts=4)},
         "diagonal_laplace": {"start": MAP(num_steps=10_000, num_restarts=4)},
-        "swag": {"num_steps": 100_000},
+        "swag": {"num_steps": 100_000, "batch_size": 100, "optimiser": "adam"},
         "deep_ensemble": {"num_members": 20, "num_steps": 10_000},
         "svgd": {"num_particles": 100, "num_steps": 10_000},
         "pyro_guide_vi": {"num_steps": 20_000},
@@ -84,17 +84,21 @@ def parse_backends(text: str) -> tuple[str, ...]:
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UsageError("--backends must name at least one backend, such as map,nuts; `bnn-zoo list backends` shows all")
+        raise UsageError(
+            "--backends must name at least one backend, such as map,nuts; `bnn-zoo list backends` shows all"
+        )
     with usage():
         return tuple(dict.fromkeys(find_backend(name).name for name in names))
 
 
-def make_backends(names: Iterable[str], budget: str, changes: Sequence[str] = ()) -> dict[str, Backend]:
+def make_backends(
+    names: Iterable[str], budget: str | Mapping[str, dict[str, Any]], changes: Sequence[str] = ()
+) -> dict[str, Backend]:
     """Backends with the hyperparameters of a budget.
 
     Args:
         names: Command-line names.
-        budget: One of :data:`BUDGETS`.
+        budget: One of :data:`BUDGETS`, or hyperparameters by backend.
         changes: Texts such as ``nuts.num_samples=500``.
 
     Returns:
@@ -103,11 +107,13 @@ def make_backends(names: Iterable[str], budget: str, changes: Sequence[str] = ()
     Raises:
         UsageError: If the budget or a change is not possible.
     """
-    if budget not in BUDGETS:
-        raise UsageError(f"unknown budget {budget!r}: {did_you_mean(budget, BUDGETS, 'budgets')}")
-    backends = {}
+    if isinstance(budget, str):
+        if budget not in BUDGETS:
+            raise UsageError(f"unknown budget {budget!r}: {did_you_mean(budget, BUDGETS, 'budgets')}")
+        budget = BUDGETS[budget]
+    backends: dict[str, Backend] = {}
     for name in names:
-        backends[name] = BACKENDS[name].cls(**BUDGETS[budget].get(name, {}))
+        backends[name] = BACKENDS[name].cls(**budget.get(name, {}))
     for text in changes:
         name, path, value = _parse_change(text, backends)
         with usage(f"--set {text}: "):
@@ -121,7 +127,9 @@ def _parse_change(text: str, backends: dict[str, Backend]) -> tuple[str, list[st
     if not equals or not path:
         raise UsageError(f"--set must look like nuts.num_samples=500, got {text!r}")
     if name not in backends:
-        raise UsageError(f"--set {text}: {name!r} is not in this comparison: {did_you_mean(name, backends, 'backends')}")
+        raise UsageError(
+            f"--set {text}: {name!r} is not in this comparison: {did_you_mean(name, backends, 'backends')}"
+        )
     try:
         return name, path, ast.literal_eval(right.strip())
     except (ValueError, SyntaxError):

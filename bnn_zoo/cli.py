@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from bnn_zoo import help_texts
 from bnn_zoo import options as opt
-from bnn_zoo.budgets import BUDGETS, NINE, make_backends, parse_backends
+from bnn_zoo.budgets import NINE, make_backends, parse_backends
 from bnn_zoo.columns import lookup, terminal_tables, written
 from bnn_zoo.errors import UsageError
 from bnn_zoo.listing import app as list_app
@@ -22,14 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     add_completion=False,
-    help="Which approximation of a Bayesian neural network's posterior should I use, what does it cost, can I trust it?",
+    help="Which approximation of a Bayesian network's posterior should I use, what does it cost, can I trust it?",
     epilog="Start with: `bnn-zoo compare --data energy --budget demo --out runs/energy`",
 )
 app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 
 
-@app.command()
+@app.command(help=help_texts.COMPARE)
 @opt.explained
 def compare(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, report, plots and posteriors go.")],
@@ -58,21 +59,11 @@ def compare(
     seed: opt.Seed = 0,
     threads: opt.Threads = 1,
     overwrite: opt.Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished comparison; this is the default.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished comparison; this is the default.")
+    ] = False,
 ) -> None:
-    """Fit several backends to one model on one data set and say which to trust.
-
-    Prints two tables and writes `results.json`, `report.html`, plots, a NetCDF file for ArviZ and the saved posterior
-    of every backend. A backend that fails is a row that says why. After Ctrl-C the same command goes on where it stopped.
-
-    **Examples**
-
-    - `bnn-zoo compare --data energy --budget demo --out runs/energy`
-
-    - `bnn-zoo compare --csv houses.csv --target price --backends map,swag,nuts --out runs/houses`
-
-    - `bnn-zoo compare --data moons --backends deep_ensemble,nuts --set nuts.num_samples=500 --out runs/moons`
-    """
+    """Fit several backends to one model on one data set and say which to trust."""
     from bnn_zoo.compare import Comparison, Interrupted
     from bnn_zoo.compare import compare as run
     from bnn_zoo.report import write_report
@@ -107,7 +98,7 @@ def compare(
         else:
             quality = "scores.rmse" if "rmse" in row["scores"] else "scores.accuracy"
             text = f"{quality.removeprefix('scores.')} {written(lookup(row, quality), '3g')}"
-            text = f"{text}, NLL {row['scores']['nll']:.3f}, {row['cost']['seconds']:.1f} s"
+            text = f"{text}, NLL {written(row['scores']['nll'], '3f')}, {row['cost']['seconds']:.1f} s"
             notes.print(f"{escape(place)} {'kept from before' if event == 'reuse' else 'done'}: {text}")
 
     try:
@@ -121,17 +112,17 @@ def compare(
         screen.print(table)
     for row in results["rows"]:
         if row["status"] == "failed":
-            screen.print(f"[red]{row['backend']} failed[/red]: {escape(row['error']['type'])}: {escape(row['error']['message'])}")
-    report = write_report(out, results)
+            screen.print(
+                f"[red]{row['backend']} failed[/red]: {escape(row['error']['type'])}: {escape(row['error']['message'])}"
+            )
+    report = write_report(out, results, what.data.load())
     screen.print(f"\nThe report, with plots and warnings: {escape(str(report))}")
 
 
-app.command(name="fit")(opt.explained(fit_command))
-app.command(name="predict")(opt.explained(predict_command))
-app.command(name="diagnose")(opt.explained(diagnose_command))
-app.command(name="check")(opt.explained(check_command))
-
-__all__ = ["BUDGETS", "app"]
+app.command(name="fit", help=help_texts.FIT)(opt.explained(fit_command))
+app.command(name="predict", help=help_texts.PREDICT)(opt.explained(predict_command))
+app.command(name="diagnose", help=help_texts.DIAGNOSE)(opt.explained(diagnose_command))
+app.command(name="check", help=help_texts.CHECK)(opt.explained(check_command))
 
 if __name__ == "__main__":
     app()

@@ -34,7 +34,9 @@ class Column:
 
 
 COLUMNS = (
-    Column("scores.rmse", "RMSE", "3g", "root mean squared error of the mean, original units", "low", only="regression"),
+    Column(
+        "scores.rmse", "RMSE", "3g", "root mean squared error of the mean, original units", "low", only="regression"
+    ),
     Column("scores.accuracy", "accuracy", "%", "share of right labels", "high", only="classification"),
     Column("scores.nll", "NLL", "3f", "negative log density of the mixture, nats per datum, original units", "low"),
     Column(
@@ -45,8 +47,17 @@ COLUMNS = (
         "low",
         only="regression",
     ),
-    Column("scores.crps", "CRPS", "3g", "continuous ranked probability score, original units", "low", only="regression"),
-    Column("scores.brier", "Brier", "3f", "squared error of the probabilities, summed over classes", "low", only="classification"),
+    Column(
+        "scores.crps", "CRPS", "3g", "continuous ranked probability score, original units", "low", only="regression"
+    ),
+    Column(
+        "scores.brier",
+        "Brier",
+        "3f",
+        "squared error of the probabilities, summed over classes",
+        "low",
+        only="classification",
+    ),
     Column("scores.ece", "ECE", "3f", "expected calibration error, 15 bins", "low", only="classification"),
     Column(
         "scores.ece_baseline",
@@ -56,9 +67,9 @@ COLUMNS = (
         only="classification",
     ),
     Column("scores.coverage_50", "in 50 %", "%", "targets inside the central 50 % interval", only="regression"),
-    Column("scores.width_50", "width", "3g", "mean width of that interval, original units", only="regression"),
+    Column("scores.width_50", "width 50 %", "3g", "mean width of that interval, original units", only="regression"),
     Column("scores.coverage_90", "in 90 %", "%", "targets inside the central 90 % interval", only="regression"),
-    Column("scores.width_90", "width", "3g", "mean width of that interval, original units", only="regression"),
+    Column("scores.width_90", "width 90 %", "3g", "mean width of that interval, original units", only="regression"),
     Column(
         "scores.epistemic_share",
         "epistemic",
@@ -110,11 +121,22 @@ COLUMNS = (
         None,
         "trust",
     ),
-    Column("diagnosis.ess_bulk_functions_median", "ESS", "count", "median bulk effective sample size of f", None, "trust"),
+    Column(
+        "diagnosis.ess_bulk_functions_median", "ESS", "count", "median bulk effective sample size of f", None, "trust"
+    ),
     Column("diagnosis.divergences", "diverg.", "count", "divergent draws", None, "trust"),
-    Column("diagnosis.khat", "k-hat", "2f", "Pareto tail index of posterior over approximation; above 0.7 off", None, "trust"),
+    Column(
+        "diagnosis.khat",
+        "k-hat",
+        "2f",
+        "Pareto tail index of posterior over approximation; above 0.7 off",
+        None,
+        "trust",
+    ),
     Column("log_evidence", "log evid.", "1f", "log evidence or its bound, nats, original units", None, "trust"),
-    Column("cost.gradients", "gradients", "count", "gradient evaluations, in passes over the training data", None, "cost"),
+    Column(
+        "cost.gradients", "gradients", "count", "gradient evaluations, in passes over the training data", None, "cost"
+    ),
     Column("cost.seconds", "seconds", "seconds", "wall time of the fit", None, "cost"),
     Column("cost.peak_bytes", "memory", "bytes", "highest memory above that before the fit", None, "cost"),
 )
@@ -148,6 +170,19 @@ def lookup(row: dict[str, Any], path: str) -> Any:
     return value
 
 
+def number(value: Any, missing: float = float("inf")) -> float:
+    """A figure of a results file as a number.
+
+    Args:
+        value: Number, "inf", "-inf", or None.
+        missing: What None becomes.
+
+    Returns:
+        The number.
+    """
+    return missing if value is None else float(value)
+
+
 def written(value: Any, form: str) -> str:
     """A figure as text.
 
@@ -160,8 +195,8 @@ def written(value: Any, form: str) -> str:
     """
     if value is None:
         return "–"
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str) or value in (float("inf"), float("-inf")):
+        return str(value)
     if form == "%":
         return f"{100 * value:.1f} %"
     if form == "bytes":
@@ -186,7 +221,7 @@ def best_rows(rows: list[dict[str, Any]], column: Column) -> set[str]:
         Backend names; empty where nothing is better or worse.
     """
     values = {row["backend"]: lookup(row, column.path) for row in rows}
-    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    numbers = {name: number(value) for name, value in values.items() if value is not None}
     if column.better is None or len(numbers) < 2:
         return set()
     best = (min if column.better == "low" else max)(numbers.values())
@@ -208,7 +243,9 @@ def terminal_tables(results: dict[str, Any]) -> list[Table]:
     for title, groups in (("How good are the predictions?", ("prediction",)), ("Trust and cost", ("trust", "cost"))):
         columns = [c for c in columns_for(task) if c.group in groups]
         columns = [c for c in columns if any(lookup(row, c.path) is not None for row in done)]
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
         table.add_column("backend")
         for column in columns:
             table.add_column(column.title, justify="right")

@@ -128,7 +128,11 @@ def collect(what: Comparison, data: Dataset, model: Any, folder: RunFolder) -> d
     results = {
         "schema": SCHEMA,
         "data": data.metadata(),
-        "model": {**what.model.to_json(), "repr": repr(model)},
+        "model": {
+            **what.model.to_json(),
+            "repr": repr(model),
+            "likelihood": what.model.likelihood_text(data.num_classes),
+        },
         "settings": {"seed": what.seed, "budget": what.budget, "reference": what.reference, "threads": what.threads},
         "environment": environment(what.threads),
         "noise_floor": floor,

@@ -24,7 +24,8 @@ Tsv = Annotated[bool, typer.Option("--tsv", help="Tab-separated values, for a sp
 def list_backends(tsv: Tsv = False) -> None:
     """Every posterior approximation, what it needs and what it gets wrong."""
     rows = [
-        [e.name, e.family, ", ".join(sorted(e.needs)), ", ".join(sorted(e.capabilities)), e.bias] for e in BACKENDS.values()
+        [e.name, e.family, ", ".join(sorted(e.needs)), ", ".join(sorted(e.capabilities)), e.bias]
+        for e in BACKENDS.values()
     ]
     _show(["backend", "family", "needs", "can do", "what it gets wrong"], rows, tsv=tsv)
 
@@ -44,7 +45,17 @@ def list_data(tsv: Tsv = False) -> None:
     """Data sets, with where they would come from on this machine."""
     head = ["name", "task", "kind", "rows", "inputs", "splits", "gap splits", "where", "licence"]
     rows = [
-        [d.name, d.task, d.kind, str(d.num_data), str(d.num_features), str(d.splits), str(d.gap_splits), d.where, d.licence]
+        [
+            d.name,
+            d.task,
+            d.kind,
+            str(d.num_data),
+            str(d.num_features),
+            str(d.splits),
+            str(d.gap_splits),
+            d.where,
+            d.licence,
+        ]
         for d in data_sets.available()
     ]
     _show(head, rows, tsv=tsv)

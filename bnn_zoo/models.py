@@ -97,6 +97,21 @@ class ModelSpec:
         sizes = [num_features, *hidden, outputs]
         return MLP(sizes, activation=self.activation, prior=parse_prior(self.prior), likelihood=likelihood)
 
+    def likelihood_text(self, num_classes: int) -> str:
+        """The likelihood in words, for reports (the ``repr`` of a distribution hides its parameters).
+
+        Args:
+            num_classes: Classes K; 0 for a regression.
+
+        Returns:
+            One line.
+        """
+        if num_classes:
+            return f"Categorical over {num_classes} classes, logits from the network"
+        if self.name == "heteroscedastic_mlp":
+            return "Normal; mean and log sd from the network, standardised targets"
+        return "Normal; mean from the network, sd with a HalfNormal(1) prior, standardised targets"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for :meth:`from_json`."""
         return {**asdict(self), "hidden": list(self.hidden)}

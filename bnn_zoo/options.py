@@ -25,10 +25,14 @@ DataName = Annotated[
 Csv = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Your own table instead, with a header line.", rich_help_panel=_DATA)
 ]
-Target = Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the CSV to predict.", rich_help_panel=_DATA)]
+Target = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Column of the CSV to predict.", rich_help_panel=_DATA)
+]
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", metavar="TASK", help="regression or classification, if the guess is wrong.", rich_help_panel=_DATA),
+    typer.Option(
+        "--task", metavar="TASK", help="regression or classification, if the guess is wrong.", rich_help_panel=_DATA
+    ),
 ]
 Missing = Annotated[
     str, typer.Option(metavar="CHOICE", help="Rows with missing values: refuse or drop.", rich_help_panel=_DATA)
@@ -37,7 +41,8 @@ Constant = Annotated[
     str, typer.Option(metavar="CHOICE", help="Columns with one value: refuse or drop.", rich_help_panel=_DATA)
 ]
 Ignore = Annotated[
-    str, typer.Option(metavar="COLUMNS", help="Columns of the CSV to leave out, comma separated.", rich_help_panel=_DATA)
+    str,
+    typer.Option(metavar="COLUMNS", help="Columns of the CSV to leave out, comma separated.", rich_help_panel=_DATA),
 ]
 TestFraction = Annotated[
     float, typer.Option(metavar="SHARE", help="Rows of the CSV kept for the test.", rich_help_panel=_DATA)
@@ -46,7 +51,9 @@ Split = Annotated[
     str, typer.Option(metavar="SPLIT", help="0, 1, ... or gap0, gap1, ...; a CSV's is its seed.", rich_help_panel=_DATA)
 ]
 Model = Annotated[str, typer.Option(metavar="NAME", help="Model, see `bnn-zoo list models`.", rich_help_panel=_MODEL)]
-Hidden = Annotated[str, typer.Option(metavar="WIDTHS", help="Hidden layers, such as 50 or 50,50.", rich_help_panel=_MODEL)]
+Hidden = Annotated[
+    str, typer.Option(metavar="WIDTHS", help="Hidden layers, such as 50 or 50,50.", rich_help_panel=_MODEL)
+]
 Activation = Annotated[str, typer.Option(metavar="NAME", help="tanh, relu, silu, ...", rich_help_panel=_MODEL)]
 Prior = Annotated[
     str,
@@ -58,16 +65,23 @@ Prior = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of every fit.", rich_help_panel=_FITTING)]
 Budget = Annotated[
-    str, typer.Option(metavar="BUDGET", help="demo, standard or long: how much each backend may do.", rich_help_panel=_FITTING)
+    str,
+    typer.Option(
+        metavar="BUDGET", help="demo, standard or long: how much each backend may do.", rich_help_panel=_FITTING
+    ),
 ]
 Changes = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="BACKEND.FIELD=VALUE", help="One hyperparameter, such as nuts.num_samples=500; repeatable.", rich_help_panel=_FITTING
+        "--set",
+        metavar="BACKEND.FIELD=VALUE",
+        help="One hyperparameter, such as nuts.num_samples=500; repeatable.",
+        rich_help_panel=_FITTING,
     ),
 ]
 Threads = Annotated[
-    int, typer.Option(metavar="N", min=1, help="CPU threads; small networks are fastest on one.", rich_help_panel=_FITTING)
+    int,
+    typer.Option(metavar="N", min=1, help="CPU threads; small networks are fastest on one.", rich_help_panel=_FITTING),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 

@@ -56,7 +56,7 @@ class RunFolder:
             difference = first_difference(before, request)
             if difference:
                 raise UsageError(
-                    f"{self.path} holds a comparison with {difference}; give another --out, or --overwrite to replace it"
+                    f"{self.path} holds a comparison with {difference}; give another --out, or --overwrite"
                 )
             request = {**request, "backends": {**before["backends"], **request["backends"]}}
         try:

@@ -104,9 +104,7 @@ def open_run(path: Path) -> SavedRun:
         raise UsageError(f"{path / _ABOUT} was not written by bnn-zoo fit or compare")
     model = ModelSpec.from_json(about["model"])
     with usage():
-        posterior = load(
-            path, model.build_for(about["data"]["num_features"], len(about["data"]["class_names"]))
-        )
+        posterior = load(path, model.build_for(about["data"]["num_features"], len(about["data"]["class_names"])))
     held = about["preprocessor"]
     return SavedRun(posterior, model, about["data"], Preprocessor.from_json(held) if held else None)
 
@@ -127,7 +125,9 @@ def predict_table(run: SavedRun, frame: pd.DataFrame, level: float = 0.9, seed: 
         UsageError: If the rows do not fit, or the level is no probability.
     """
     if run.preprocessor is None:
-        raise UsageError(f"{run.data['name']!r} is not a table of columns; predict in Python: inference.load(...).predict(x)")
+        raise UsageError(
+            f"{run.data['name']!r} is not a table of columns; predict in Python: inference.load(...).predict(x)"
+        )
     if not 0 < level < 1:
         raise UsageError(f"--level must be between 0 and 1, got {level}")
     try:

@@ -40,14 +40,7 @@ def fit_command(
     threads: opt.Threads = 1,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Fit one backend and save its posterior.
-
-    **Examples**
-
-    - `bnn-zoo fit nuts --data yacht --out runs/yacht-nuts`
-
-    - `bnn-zoo fit deep_ensemble --csv houses.csv --target price --set deep_ensemble.num_members=10 --out runs/houses`
-    """
+    """Fit one backend and save its posterior."""
     from bnn_zoo.evaluate import evaluate
     from bnn_zoo.saved import check_new, save_run
 
@@ -76,15 +69,7 @@ def predict_command(
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Predict new rows with a saved posterior: CSV in, CSV out, in original units and in the same order.
-
-    A regression gives mean, stddev (noise included), lower and upper, and epistemic_stddev; classes give a label and
-    the probability of each.
-
-    **Example**
-
-    - `bnn-zoo predict runs/houses new_houses.csv --level 0.8 --out prices.csv`
-    """
+    """Predict new rows with a saved posterior."""
     from bnn_zoo.saved import open_run, predict_table
 
     if out is not None and out.exists() and not overwrite:
@@ -99,12 +84,7 @@ def predict_command(
 
 
 def diagnose_command(run: SavedPath) -> None:
-    """Say whether a saved posterior is to be trusted: R-hat and ESS of its predictions, divergences, k-hat, warnings.
-
-    **Example**
-
-    - `bnn-zoo diagnose runs/energy/posteriors/nuts`
-    """
+    """Say whether a saved posterior is to be trusted."""
     from bnn_zoo.saved import open_run
 
     typer.echo(str(open_run(run).posterior.diagnose()))
@@ -115,17 +95,7 @@ def check_command(
     changes: opt.Changes = None,
     seed: opt.Seed = 0,
 ) -> None:
-    """Hold a backend to the closed-form posterior of Bayesian linear regression with known noise.
-
-    The verdict is `exact`, `biased as documented` (the known bias of the method, with the number it should have), or
-    `wrong`; then the command ends with code 1.
-
-    **Examples**
-
-    - `bnn-zoo check nuts`
-
-    - `bnn-zoo check mean_field_vi --set mean_field_vi.num_steps=20000`
-    """
+    """Hold a backend to a posterior known in closed form."""
     from bnn_zoo.check import check
 
     (name,) = parse_backends(backend)[:1]

@@ -40,7 +40,9 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if (self.name is None) == (self.csv is None):
-            raise UsageError("give either --data NAME or --csv FILE --target COLUMN; `bnn-zoo list data` shows the names")
+            raise UsageError(
+                "give either --data NAME or --csv FILE --target COLUMN; `bnn-zoo list data` shows the names"
+            )
         if self.csv is not None and self.target is None:
             raise UsageError(f"--csv {self.csv} needs --target COLUMN, the column to predict")
         if self.name is not None and self.target is not None:

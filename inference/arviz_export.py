@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from inference.data import chunks
-from inference.prediction import DrawSource, Prediction
+from inference.linearised import LinearisedDraws
+from inference.prediction import DrawSource, Prediction, Source, draws_per_chunk
+from inference.target import Target
 
 if TYPE_CHECKING:
     from inference.posterior import Posterior
@@ -34,32 +36,45 @@ def to_inference_data(
         seed: Random seed.
 
     Returns:
-        Groups posterior, posterior_predictive, prior, log_likelihood, observed_data, sample_stats.
+        Groups posterior, posterior_predictive, prior, log_likelihood, observed_data, sample_stats; the fixed sites of a
+        restricted target are in constant_data.
     """
     target = posterior.target
     draws, stats = _draws(posterior, num_samples, seed)
-    num_chains, num_draws = draws.shape[:2]
+    lead = draws.shape[:2]
     flat = draws.reshape(-1, draws.shape[-1])
     observed = target.observed
-    prediction = Prediction(DrawSource(target, flat, flat.new_full((len(flat),), 1 / len(flat)), target.x), target.num_data, seed)
-    log_likelihood = _log_likelihood(target, flat).reshape(num_chains, num_draws, -1)
-    sampled = prediction.sample(len(flat), seed).reshape(num_chains, num_draws, *target.y.shape)
+    source = _source(posterior, flat)
+    prediction = Prediction(source, target.num_data, seed)
     function = prediction.component_functions()
-    function = function.reshape(num_chains, num_draws, *function.shape[1:])
-    stats = {**stats, "lp": stats.get("lp", _log_density(target, flat).reshape(num_chains, num_draws))}
-    coords, dims = _coordinates(posterior, observed, function)
+    prior_density, log_likelihood = _joint(target, flat)
+    if "lp" not in stats:
+        joint = (prior_density + log_likelihood.sum(-1) / target.likelihood_temperature) / target.temperature
+        stats["lp"] = joint.reshape(lead)
+    if isinstance(source, LinearisedDraws):  # judged by what it predicts
+        log_likelihood = prediction.component_log_prob(target.y)
+    latent = _latent_name(target)
+    coords, dims = _coordinates(target, latent, function)
+    shaped = function.reshape(*lead, *function.shape[1:])
     groups: dict[str, Any] = {
-        "posterior_predictive": {observed: _numpy(sampled), "f": _numpy(function)},
-        "log_likelihood": {observed: _numpy(log_likelihood)},
+        "posterior_predictive": {
+            observed: _numpy(prediction.sample(len(flat), seed).reshape(*lead, *target.y.shape)),
+            latent: _numpy(shaped),
+        },
+        "log_likelihood": {observed: _numpy(log_likelihood.reshape(*lead, -1))},
         "sample_stats": {k: _numpy(v) for k, v in stats.items()},
         "observed_data": {observed: _numpy(target.y)},
     }
     if weights:
-        groups["posterior"] = {k: _numpy(v) for k, v in target.unravel(draws).items()}
+        free = {s.name for s in target.sites}
+        groups["posterior"] = {k: _numpy(v) for k, v in target.unravel(draws).items() if k in free}
         prior = target.unravel(target.sample_prior(_PRIOR_DRAWS, seed))
-        groups["prior"] = {k: _numpy(v[None]) for k, v in prior.items()}
+        groups["prior"] = {k: _numpy(v[None]) for k, v in prior.items() if k in free}
+        fixed = {k: _numpy(v) for k, v in target.unravel(flat[0]).items() if k not in free}
+        if fixed:
+            groups["constant_data"] = fixed
     else:
-        groups["posterior"] = {"f": _numpy(function)}
+        groups["posterior"] = {latent: _numpy(shaped)}
     attrs = {
         "inference_library": "bnn-zoo",
         "inference_library_version": _version(),
@@ -76,38 +91,50 @@ def _draws(posterior: Posterior, num_samples: int | None, seed: int) -> tuple[Te
 
     if not isinstance(posterior, DrawsPosterior):
         return posterior.sample(num_samples or 1000, seed)[None], {}
-    draws, weights = posterior.draws, posterior.weights
+    draws = posterior.draws
     count = draws.shape[0] * draws.shape[1]
-    if (weights - 1 / count).abs().max() > 1e-9:
+    if not posterior.equally_weighted:
         return posterior.sample(num_samples or max(count, _MIN_DRAWS), seed)[None], {}
     if draws.shape[1] < _MIN_DRAWS:
         repeats = -(-_MIN_DRAWS // draws.shape[1])
-        return draws.repeat(1, repeats, 1), {}
+        return draws.repeat(1, repeats, 1), {k: v.repeat(1, repeats) for k, v in posterior.sample_stats.items()}
     return draws, dict(posterior.sample_stats)
 
 
-def _log_likelihood(target: Any, thetas: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([vmap(target.log_likelihood)(thetas[part]) for part in chunks(len(thetas), 50)])
+def _source(posterior: Posterior, flat: Tensor) -> Source:
+    """Components in the order of the draws; those of the linearised network where the posterior predicts with it."""
+    from inference.posterior import GaussianPosterior
 
-
-def _log_density(target: Any, thetas: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([vmap(target.log_density)(thetas[part]) for part in chunks(len(thetas), 50)])
-
-
-def _coordinates(posterior: Posterior, observed: str, function: Tensor) -> tuple[dict[str, Any], dict[str, list[str]]]:
     target = posterior.target
+    if isinstance(posterior, GaussianPosterior) and posterior.linearized:
+        return LinearisedDraws(target, posterior.gaussian, flat, target.x)
+    return DrawSource(target, flat, flat.new_full((len(flat),), 1 / len(flat)), target.x)
+
+
+def _joint(target: Target, thetas: Tensor) -> tuple[Tensor, Tensor]:
+    """Log prior (S,) and log-likelihood per datum (S, N) of draws, a few at a time."""
+    single = vmap(lambda theta: target.programs.joint(target.expand(theta), target.x, target.y))
+    size = draws_per_chunk(target.recorded())
+    with torch.no_grad():
+        parts = [single(thetas[part]) for part in chunks(len(thetas), size)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _latent_name(target: Target) -> str:
+    """Name for the latent function that no site of the model has."""
+    taken = {s.name for s in target.all_sites} | {target.observed}
+    return "f" if "f" not in taken else "latent_function"
+
+
+def _coordinates(target: Target, latent: str, function: Tensor) -> tuple[dict[str, Any], dict[str, list[str]]]:
     coords: dict[str, Any] = {"obs_id": np.arange(target.num_data)}
-    dims: dict[str, list[str]] = {observed: ["obs_id"], "f": ["obs_id"]}
-    for name, shape in ((observed, target.y.shape[1:]), ("f", function.shape[3:])):
-        extra = [f"{name}_dim_{i}" for i in range(len(shape))]
-        dims[name] = ["obs_id", *extra]
-        coords.update({dim: np.arange(size) for dim, size in zip(extra, shape, strict=True)})
-    for site in target.all_sites:
-        names = [f"{site.name}_dim_{i}" for i in range(len(site.shape))]
-        dims[site.name] = names
-        coords.update({dim: np.arange(size) for dim, size in zip(names, site.shape, strict=True)})
+    dims: dict[str, list[str]] = {}
+    shapes = {target.observed: target.y.shape[1:], latent: function.shape[2:]}
+    shapes.update({site.name: torch.Size(site.shape) for site in target.all_sites})
+    for name, shape in shapes.items():
+        own = [f"{name}_dim_{i}" for i in range(len(shape))]
+        dims[name] = (["obs_id"] if name in (target.observed, latent) else []) + own
+        coords.update({dim: np.arange(size) for dim, size in zip(own, shape, strict=True)})
     return coords, dims
 
 

@@ -91,10 +91,14 @@ def check_inputs(x: Any, like: Tree | None = None) -> Tree:
     leaves = pytree.tree_leaves(x)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}) or ["nothing"]
-        raise TypeError(f"x must be a torch.Tensor, or a dict or tuple of them, got {', '.join(kinds)}; use torch.as_tensor")
+        raise TypeError(
+            f"x must be a torch.Tensor, or a dict or tuple of them, got {', '.join(kinds)}; use torch.as_tensor"
+        )
     first = leaves[0].shape[:1]
     if not all(leaf.dim() > 0 and leaf.shape[:1] == first for leaf in leaves):
-        raise ValueError(f"all inputs need the same first dimension, got shapes {[tuple(leaf.shape) for leaf in leaves]}")
+        raise ValueError(
+            f"all inputs need the same first dimension, got shapes {[tuple(leaf.shape) for leaf in leaves]}"
+        )
     if first[0] == 0:
         raise ValueError("x is empty: at least one row is needed")
     for leaf in leaves:
@@ -115,7 +119,9 @@ def _check_like(x: Tree, like: Tree) -> None:
                 f"{tuple(want.shape[1:])}"
             )
         if leaf.dtype != want.dtype:
-            raise TypeError(f"x is {leaf.dtype}, but the posterior was fitted to {want.dtype}; convert it with x.to({want.dtype})")
+            raise TypeError(
+                f"x is {leaf.dtype}, but the posterior was fitted to {want.dtype}; convert it with x.to({want.dtype})"
+            )
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -139,9 +145,9 @@ def _gather(loader: DataLoader[Any]) -> tuple[Tree, Tensor, int | None]:
 
 
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The same data unshuffled and complete, so that one seed gives one result; special samplers are left as they are."""
+    """The same data unshuffled and complete (one seed, one result); special samplers are left as they are."""
     sampler = getattr(loader, "sampler", None)
-    shuffled = isinstance(sampler, RandomSampler) and not sampler.replacement and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    shuffled = isinstance(sampler, RandomSampler) and not sampler.replacement
     if loader.batch_size is None or not (shuffled or type(sampler) is SequentialSampler):
         return loader
     return DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from inference.data import chunks, index, num_data
 from inference.diagnostics import convergence
-from inference.prediction import DrawSource, location
+from inference.prediction import DrawSource, draws_per_chunk, location
 from inference.psis import psis_khat
 from inference.target import check_new_inputs
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _PROBES = 200
 _KHAT_DRAWS = 1_000
 _LIMIT = 1.1
+_MIN_DRAWS = 4
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Diagnosis:
             "ess_tail_functions_median": _quantile(self.ess_tail_functions, 0.5),
             "divergences": self.divergences,
             "depth_saturated": self.depth_saturated,
-            "khat": None if math.isnan(self.khat) else self.khat,
+            "khat": self.khat if math.isfinite(self.khat) else None,
         }
         return figures
 
@@ -92,13 +93,18 @@ def diagnose(posterior: Posterior, x: Any = None) -> Diagnosis:
     from inference.posterior import DrawsPosterior
 
     empty = np.array([math.nan])
-    found = Diagnosis(type(posterior.backend).__name__, empty, empty, empty, empty, None, None, math.nan)
-    found.warnings += [text for _, text in posterior.info.warnings]
+    found = Diagnosis(posterior.backend_name, empty, empty, empty, empty, None, None, math.nan)
+    # Divergences are counted again below, for chains and for loaded posteriors alike.
+    found.warnings += [text for name, text in posterior.info.warnings if name != "DivergenceWarning"]
     if isinstance(posterior, DrawsPosterior) and "chains" in getattr(posterior.backend, "capabilities", ()):
         _examine_chains(posterior, x, found)
     if posterior.has_log_density:
         found.khat = pareto_khat(posterior)
-        if found.khat > 0.7:
+        if math.isinf(found.khat):
+            found.warnings.append(
+                "k-hat cannot be computed: the model's density is not finite where the approximation has mass"
+            )
+        elif found.khat > 0.7:
             found.warnings.append(
                 f"k-hat is {found.khat:.2f} (limit 0.7): the approximation misses mass of the posterior; with more than a thousand "
                 "weights this is so for every Gaussian, so compare predictions with a NUTS reference instead"
@@ -111,7 +117,7 @@ def function_draws(posterior: Posterior, x: Any) -> np.ndarray:
     draws = posterior.draws
     source = DrawSource(posterior.target, draws.reshape(-1, draws.shape[-1]), draws.new_ones(1), x)
     parts = []
-    for rows in chunks(num_data(x), 512):
+    for rows in chunks(num_data(x), source.rows):
         parts.append(location(source.family, source.params(rows)))
     values = torch.cat(parts, 1)
     return values.reshape(draws.shape[:2] + values.shape[1:]).cpu().numpy()
@@ -129,17 +135,24 @@ def pareto_khat(posterior: Posterior, num_samples: int = _KHAT_DRAWS, seed: int 
         Tail index of the ratios p/q; below 0.5 good, above 0.7 not to be corrected.
     """
     thetas = posterior.sample(num_samples, seed)
+    target = posterior.target
+    size = draws_per_chunk(target.recorded())
     with torch.no_grad():
-        joint = torch.cat([vmap(posterior.target.log_density)(thetas[part]) for part in chunks(num_samples, 50)])
-        ratios = (joint - posterior.log_density(thetas)).double().cpu().numpy()
-    return float(psis_khat(ratios)) if np.isfinite(ratios).all() else math.inf
+        joint = torch.cat([vmap(target.log_density)(thetas[part]) for part in chunks(num_samples, size)])
+        ratios = (joint.double() - posterior.log_density(thetas).double()).cpu().numpy()
+    ratios = ratios[~np.isneginf(ratios)]  # where p is zero the draw has no weight
+    return float(psis_khat(ratios)) if ratios.size and np.isfinite(ratios).all() else math.inf
 
 
 def _examine_chains(posterior: Any, x: Any, found: Diagnosis) -> None:
     draws, target = posterior.draws, posterior.target
-    found.rhat_weights = convergence(draws.cpu().numpy()).rhat
-    probes = index(target.x, slice(0, _PROBES)) if x is None else check_new_inputs(target, x)
-    if not target.programs.traced.local_sites:
+    if draws.shape[1] >= _MIN_DRAWS:
+        found.rhat_weights = convergence(draws.cpu().numpy()).rhat
+    else:
+        found.warnings.append(f"{draws.shape[1]} draws per chain are too few for R-hat; it needs {_MIN_DRAWS}")
+    local = bool(target.programs.traced.local_sites)  # such a model runs on all of its data or not at all
+    probes = (target.x if local else _probes(target.x)) if x is None else check_new_inputs(target, x)
+    if draws.shape[1] >= _MIN_DRAWS:
         figures = convergence(function_draws(posterior, probes))
         found.rhat_functions = figures.rhat
         found.ess_bulk_functions, found.ess_tail_functions = figures.ess_bulk, figures.ess_tail
@@ -155,12 +168,23 @@ def _examine_chains(posterior: Any, x: Any, found: Diagnosis) -> None:
     limit = getattr(inner, "max_tree_depth", None)
     if "tree_depth" in stats and limit:
         found.depth_saturated = float((stats["tree_depth"] >= limit).double().mean())
+        if found.depth_saturated > 0.1:
+            found.warnings.append(
+                f"{found.depth_saturated:.0%} of the draws hit max_tree_depth={limit}: they are more correlated than they need be; "
+                "raise it, or reparameterise"
+            )
     share = _share_above(found.rhat_functions)
     if share is not None and share > 0.05:
         found.warnings.append(
             f"R-hat of the predictions is above {_LIMIT} at {share:.0%} of the probe inputs: the chains disagree; run longer, or "
             "read their spread as model uncertainty"
         )
+
+
+def _probes(x: Any) -> Any:
+    """Training inputs spread evenly over the data, which may be sorted."""
+    total = num_data(x)
+    return index(x, torch.linspace(0, total - 1, min(total, _PROBES), dtype=torch.float64).round().long())
 
 
 def _quantile(values: np.ndarray, q: float) -> float | None:

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from inference.simplify import simplify
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
+T = TypeVar("T")
 CompileOption = bool | Literal["auto"]
 
 # Inductor needs 2-20 s for a graph and about halves the time of a call.
@@ -74,14 +76,26 @@ class Captured:
         return pytree.tree_unflatten(list(self.call(*flat)), self.out_spec)
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
-    """Suspend any surrounding vmap, grad or capture, so that a graph can be recorded from inside one."""
-    with ExitStack() as stack:
-        stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.no_grad())
-        yield
+def outside_transforms(fn: Callable[[], T]) -> T:
+    """Run ``fn`` as if no vmap, grad or capture surrounded it, so that a graph can be recorded from inside one.
+
+    Transforms and dispatch modes belong to a thread, so a fresh one has none.
+
+    Args:
+        fn: What to run, without gradients.
+
+    Returns:
+        Its result.
+    """
+
+    def plainly() -> T:
+        with torch.no_grad():
+            return fn()
+
+    if peek_interpreter_stack() is None and _len_torch_dispatch_stack() == 0:
+        return plainly()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(plainly).result()
 
 
 def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final: bool = True) -> Captured:
@@ -92,15 +106,18 @@ def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final:
             numbers and takes no decision on tensor values.
         *example: Arguments that fix structure, shapes and dtypes; their values do not matter.
         compile: Also compile with Inductor (seconds, once); falls back to the plain graph where no compiler is found.
-        final: Replace slow operations by fast ones; False for a graph that is going to be differentiated, whose gradient
-            is cheaper taken of the originals.
+            The compiled call is for plain tensors: take gradients and ``vmap`` inside ``fn``, not of the result, which
+            must not be differentiated.
+        final: Replace slow operations by fast ones; False for a graph that is going to be differentiated, whose
+            gradient is cheaper taken of the originals.
 
     Returns:
         A callable with the signature and the result structure of ``fn``.
     """
     flat, in_spec = pytree.tree_flatten(example)
-    # make_fx merges inputs that are one object.
-    flat = [a.clone() if any(a is b for b in flat[:i]) else a for i, a in enumerate(flat)]
+    # New tensors: make_fx merges inputs that are one object, and what a surrounding transform wrapped must not leak in.
+    templates = [(a.shape, a.dtype, a.device) for a in flat]
+    flat = outside_transforms(lambda: [torch.zeros(s, dtype=t, device=d) for s, t, d in templates])
     out_specs: list[pytree.TreeSpec] = []
 
     def flattened(*leaves: Tensor) -> list[Any]:
@@ -108,12 +125,16 @@ def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final:
         out_specs.append(spec)
         return out
 
-    with outside_transforms():
+    def record() -> fx.GraphModule:
         module = make_fx(flattened)(*flat)
         _detach_constants(module)
+        module = _without_mutation(module, flat)
         simplify(module)
         if final:
             _rewrite(module)
+        return module
+
+    module = outside_transforms(record)
     call: Callable[..., Any] = module.forward  # past nn.Module's hooks, 10 us a call
     compiled = False
     if compile:
@@ -196,11 +217,49 @@ def mutating_nodes(module: fx.GraphModule) -> list[str]:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             continue
-        written = [i for i, arg in enumerate(schema.arguments) if arg.alias_info is not None and arg.alias_info.is_write]
+        written = [
+            i for i, arg in enumerate(schema.arguments) if arg.alias_info is not None and arg.alias_info.is_write
+        ]
         targets = [node.args[i] for i in written if i < len(node.args)]
         if any(isinstance(a, fx.Node) and a.op == "get_attr" for a in targets):
             found.append(str(node.target))
     return found
+
+
+class _Lifted(fx.Interpreter):
+    """Runs a graph with other values for its constants."""
+
+    def __init__(self, module: fx.GraphModule, constants: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self.constants = constants
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.constants.get(target, super().get_attr(target, args, kwargs))
+
+
+def _without_mutation(module: fx.GraphModule, flat: list[Any]) -> fx.GraphModule:
+    """The same graph with in-place operations on intermediates made functional: rewriting relies on that."""
+    mutable = [n for n in module.graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False)]
+    if not mutable or mutating_nodes(module):
+        return module
+    names = sorted({n.target for n in module.graph.nodes if n.op == "get_attr"})
+    constants = [getattr(module, name).detach() for name in names]
+
+    def lifted(*args: Tensor) -> Any:
+        return _Lifted(module, dict(zip(names, args, strict=False))).run(*args[len(names) :])
+
+    # functionalize leaves alone what it did not see as an input, so constants are inputs for a moment
+    functional = make_fx(functionalize(lifted, remove="mutations"))(*constants, *flat)
+    inputs = [n for n in functional.graph.nodes if n.op == "placeholder"]
+    for name, constant, node in zip(names, constants, inputs, strict=False):
+        functional.register_buffer(f"_lifted{name}", constant)
+        with functional.graph.inserting_before(node):
+            held = functional.graph.get_attr(f"_lifted{name}")
+        held.meta["val"] = constant
+        node.replace_all_uses_with(held)
+        functional.graph.erase_node(node)
+    functional.recompile()
+    return functional
 
 
 def _detach_constants(module: fx.GraphModule) -> None:
@@ -216,9 +275,10 @@ def _rewrite(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node.op == "call_function" and node.target is aten.tanh.default and isinstance(value, Tensor):
-            if value.dtype == torch.float32 and value.device.type == "cpu":
-                _tanh_through_sigmoid(graph, node, value)
+        if node.op != "call_function" or node.target is not aten.tanh.default or not isinstance(value, Tensor):
+            continue
+        if value.dtype == torch.float32 and value.device.type == "cpu":
+            _tanh_through_sigmoid(graph, node, value)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -240,12 +300,15 @@ def _inductor(module: fx.GraphModule, flat: list[Any]) -> tuple[Callable[..., An
     if not compiler_available():
         logger.warning("no C++ compiler found: running the recorded graph without compilation")
         return module.forward, False
-    with outside_transforms():
-        try:
-            # Straight to Inductor: torch.compile's guards cost 15-50 us a call, as much as a small leapfrog.
-            call = torch._inductor.compile(module, list(flat))
-            call(*flat)
-        except Exception as error:  # Inductor raises many types; the eager graph is always right
-            logger.warning("compilation failed (%s): running the recorded graph without it", type(error).__name__)
-            return module.forward, False
-    return call, True
+
+    def build() -> Callable[..., Any]:
+        # Straight to Inductor: torch.compile's guards cost 15-50 us a call, as much as a small leapfrog.
+        call: Any = torch._inductor.compile(module, list(flat))
+        call(*flat)
+        return call
+
+    try:
+        return outside_transforms(build), True
+    except Exception as error:  # Inductor raises many types; the eager graph is always right
+        logger.warning("compilation failed (%s): running the recorded graph without it", type(error).__name__)
+        return module.forward, False

@@ -7,8 +7,9 @@ transposition and multiplication by a constant.
 
 from __future__ import annotations
 
+import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,12 @@ _RESHAPES = {
 }
 
 
+# These move no entry, and copy in ways an index tensor does not need.
+_COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default}
+# Slice of theta, constant factor, index into theta of every entry.
+Source = tuple[slice, float, Tensor]
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of the network.
@@ -45,6 +52,8 @@ class Layer:
         bias: Slice of theta holding the bias, or None.
         weight_shape: Shape of the weight as the operation reads it: (in, out) for products, (out, in, *kernel) for
             convolutions, (entries, out) for embeddings.
+        positions: Index into theta of every entry of the weight, in ``weight_shape``: ``theta[layer.positions]`` is the
+            weight as the operation reads it, whichever way round the model stores it (divided by ``scale``).
         fan_in: Number of inputs each output sums over.
         fan_out: Number of outputs, or channels.
         scale: Constant the model multiplies the weight with (1 if none).
@@ -60,6 +69,7 @@ class Layer:
     fan_out: int
     scale: float
     node: str
+    positions: Tensor = field(compare=False, repr=False)
 
 
 def find_layers(module: fx.GraphModule, sites: Any) -> tuple[Layer, ...]:
@@ -72,65 +82,91 @@ def find_layers(module: fx.GraphModule, sites: Any) -> tuple[Layer, ...]:
     Returns:
         The layers found; empty if the model has none.
     """
-    theta = next(n for n in module.graph.nodes if n.op == "placeholder")
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    theta, data = inputs[0], set(inputs[1:])
     found = []
     for node in module.graph.nodes:
-        layer = _layer(node, theta, sites) if node.op == "call_function" else None
-        if layer is not None:
-            found.append(layer)
+        if node.op == "call_function" and data:
+            if not data.isdisjoint(node.all_input_nodes):
+                data.add(node)
+            layer = _layer(node, theta, sites, data)
+            if layer is not None:
+                found.append(layer)
     return tuple(found)
 
 
-def _layer(node: fx.Node, theta: fx.Node, sites: Any) -> Layer | None:
+def _layer(node: fx.Node, theta: fx.Node, sites: Any, data: set[fx.Node]) -> Layer | None:
+    """The layer that a node is, if it combines a slice of theta with something that depends on the data."""
     args = node.args
     if node.target in (aten.mm.default, aten.bmm.default, aten.mv.default):
-        source = _source(args[1], theta)
-        first = _source(args[0], theta)
-        if source is None and first is not None and node.target is not aten.mm.default:
-            return None
-        flipped = source is None and first is not None
-        source = first if flipped else source
-        if source is None:
-            return None
-        weight = args[0] if flipped else args[1]
-        bias, factor = _added_bias(node, theta)
-        return _linear(node, weight, (source[0], source[1] * factor), bias, sites, flipped=flipped)
+        return _product(node, args[0], args[1], theta, sites, data)
     if node.target is aten.addmm.default:
         source = _source(args[2], theta)
-        if source is None:
+        if source is None or args[1] not in data:
             return None
-        bias = _source(args[0], theta)
-        return _linear(node, args[2], source, bias[0] if bias else None, sites, flipped=False)
+        return _linear(node, args[2], source, _bias(args[0], theta), sites, flipped=False)
     if node.target is aten.convolution.default:
         source = _source(args[1], theta)
-        if source is None:
+        if source is None or args[0] not in data:
             return None
         shape = tuple(_value(args[1]).shape)
-        bias = _source(args[2], theta) if isinstance(args[2], fx.Node) else None
-        fan_in = int(torch.Size(shape[1:]).numel())
-        bias_slice = bias[0] if bias else _added_bias(node, theta)[0]
-        return Layer(
-            "conv", _name(source[0], sites), source[0], bias_slice, shape, fan_in, shape[0], source[1], node.name
-        )
+        bias = _bias(args[2], theta) or _added_bias(node, theta)[0]
+        fan_in = math.prod(shape[1:])
+        return _make("conv", node, source, bias, shape, fan_in, shape[0], sites)
     if node.target is aten.embedding.default:
         source = _source(args[0], theta)
         if source is None:
             return None
         shape = tuple(_value(args[0]).shape)
-        return Layer("embedding", _name(source[0], sites), source[0], None, shape, 1, shape[1], source[1], node.name)
+        return _make("embedding", node, source, None, shape, 1, shape[1], sites)
     return None
 
 
+def _product(node: fx.Node, left: Any, right: Any, theta: fx.Node, sites: Any, data: set[fx.Node]) -> Layer | None:
+    """A matrix product, with the weight on either side."""
+    flipped = left not in data
+    weight, other = (left, right) if flipped else (right, left)
+    source = _source(weight, theta)
+    if source is None or other not in data:
+        return None
+    shape = _value(weight).shape
+    if len(shape) == 3 and (shape[0] != 1 or flipped):  # a weight per batch entry is no shared layer
+        return None
+    bias, factor = _added_bias(node, theta)
+    return _linear(node, weight, (source[0], source[1] * factor, source[2]), bias, sites, flipped=flipped)
+
+
 def _linear(
-    node: fx.Node, weight: Any, source: tuple[slice, float], bias: slice | None, sites: Any, *, flipped: bool
+    node: fx.Node, weight: Any, source: Source, bias: slice | None, sites: Any, *, flipped: bool
+) -> Layer | None:
+    piece, scale, positions = source
+    positions = positions.unsqueeze(-1) if positions.dim() == 1 else positions.reshape(positions.shape[-2:])
+    positions = positions.t() if flipped else positions
+    fan_in, fan_out = positions.shape
+    return _make("linear", node, (piece, scale, positions), bias, (fan_in, fan_out), fan_in, fan_out, sites)
+
+
+def _make(
+    kind: Literal["linear", "conv", "embedding"],
+    node: fx.Node,
+    source: Source,
+    bias: slice | None,
+    shape: tuple[int, ...],
+    fan_in: int,
+    fan_out: int,
+    sites: Any,
 ) -> Layer:
-    shape = tuple(_value(weight).shape)
-    if len(shape) == 1:
-        shape = (shape[0], 1)
-    if flipped:
-        shape = shape[::-1]
-    fan_in, fan_out = shape[-2], shape[-1]
-    return Layer("linear", _name(source[0], sites), source[0], bias, (fan_in, fan_out), fan_in, fan_out, source[1], node.name)
+    piece, scale, positions = source
+    return Layer(kind, _name(piece, sites), piece, bias, shape, fan_in, fan_out, scale, node.name, positions)
+
+
+def _bias(node: Any, theta: fx.Node) -> slice | None:
+    source = _source(node, theta) if isinstance(node, fx.Node) else None
+    return source[0] if source else None
+
+
+def _argument(node: fx.Node, at: int) -> Any:
+    return node.args[at]
 
 
 def _value(node: Any) -> Tensor:
@@ -144,31 +180,49 @@ def _name(piece: slice, sites: Any) -> str:
     return "?"
 
 
-def _source(node: Any, theta: fx.Node) -> tuple[slice, float] | None:
-    """Slice of theta a node holds, up to reshaping and constant factors, with the product of those factors."""
-    scale = 1.0
+def _source(node: Any, theta: fx.Node) -> Source | None:
+    """Slice of theta a node holds up to reshaping and constant factors, those factors, and each entry's place."""
+    scale, steps = 1.0, []
     while isinstance(node, fx.Node):
-        if node is theta:
-            return slice(0, _value(theta).shape[0]), scale
-        if node.target is aten.slice.Tensor and node.args[0] is theta:
-            length = _value(theta).shape[0]
-            start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
-            stop = node.args[3] if len(node.args) > 3 and node.args[3] is not None else length
-            return slice(int(start), min(int(stop), length)), scale
-        if node.target is operator.getitem and node.args[0].target is aten.split_with_sizes.default:
-            if node.args[0].args[0] is not theta:
-                return None
-            sizes, position = node.args[0].args[1], node.args[1]
-            start = sum(sizes[:position])
-            return slice(start, start + sizes[position]), scale
+        piece = _slice(node, theta)
+        if piece is not None:
+            positions = torch.arange(piece.start, piece.stop)
+            for step in reversed(steps):
+                positions = step.target(positions, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+            return piece, scale, positions
         if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-            factor = node.args[1]
+            factor: Any = node.args[1]
             if isinstance(factor, fx.Node):
                 return None
-            scale = scale * float(factor) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else scale / float(factor)
-        elif node.target not in _RESHAPES:
+            scale = (
+                scale * float(factor) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else scale / float(factor)
+            )  # type: ignore[arg-type]
+        elif node.target is aten.neg.default:
+            scale = -scale
+        elif node.target in _RESHAPES:
+            if node.target not in _COPIES:
+                steps.append(node)
+        else:
             return None
         node = node.args[0]
+    return None
+
+
+def _slice(node: fx.Node, theta: fx.Node) -> slice | None:
+    """The slice of theta a node is, if it is one."""
+    length = _value(theta).shape[0]
+    if node is theta:
+        return slice(0, length)
+    if node.target is aten.slice.Tensor and node.args[0] is theta:
+        start = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+        stop = node.args[3] if len(node.args) > 3 and node.args[3] is not None else length
+        return slice(int(start), min(int(stop), length))  # type: ignore[arg-type]
+    if node.target is operator.getitem and node.args[0].target is aten.split_with_sizes.default:  # type: ignore[union-attr]
+        split, position = node.args[0], node.args[1]
+        if split.args[0] is theta:  # type: ignore[union-attr]
+            sizes = split.args[1]  # type: ignore[union-attr]
+            start = sum(sizes[:position])  # type: ignore[index,misc]
+            return slice(start, start + sizes[position])  # type: ignore[index]
     return None
 
 
@@ -183,9 +237,9 @@ def _added_bias(node: fx.Node, theta: fx.Node) -> tuple[slice | None, float]:
             return (source[0] if source else None), scale
         constant = len(user.args) > 1 and not isinstance(user.args[1], fx.Node)
         if user.target is aten.div.Tensor and constant:
-            scale /= float(user.args[1])
+            scale /= float(_argument(user, 1))
         elif user.target is aten.mul.Tensor and constant:
-            scale *= float(user.args[1])
+            scale *= float(_argument(user, 1))
         elif user.target not in _RESHAPES:
             return None, scale
         current = user

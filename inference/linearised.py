@@ -14,10 +14,11 @@ import math
 import torch
 from torch import Tensor
 
-from inference.curvature import linearized_moments
-from inference.data import Tree, index
+from inference.curvature import CHUNK_BYTES, eta_and_jacobian, linearized_moments
+from inference.data import Tree, chunks, index, num_data
 from inference.distributions import FlatGaussian
-from inference.prediction import Moments, Params, location, mixture_moments
+from inference.observation import LikelihoodFamily
+from inference.prediction import _MAX_ROWS, Moments, Params, location, mixture_moments, rows_per_chunk
 from inference.target import Target
 
 
@@ -37,11 +38,13 @@ class LinearisedSource:
 
     def __init__(self, target: Target, gaussian: FlatGaussian, x: Tree, num_samples: int, seed: int) -> None:
         self.target, self.gaussian, self.x = target, gaussian, x
-        self.family = target.family(index(x, slice(0, 1)))
+        self.family, one = _first(target, gaussian, x)
         self._names = self.family.eta_names
         self._exact = self.family.kind == "normal" and "scale" not in self._names
         size = 1 if self._exact else num_samples
         self.weights = gaussian.loc.new_full((size,), 1 / size)
+        outputs = sum(math.prod(one[name].shape[1:]) for name in self._names)
+        self.rows = rows_per_chunk(min(num_data(x), _MAX_ROWS), max(size, outputs), one)  # J S J^T is (n, E, E)
         self._generator_seed = seed
         self._last: tuple[slice, Tensor, Tensor, Params] | None = None
 
@@ -50,8 +53,8 @@ class LinearisedSource:
         eta, covariance, base = self._linearise(rows)
         if self.family.kind == "normal":
             return self._normal(eta, covariance, base)
-        factor = torch.linalg.cholesky(_jitter(covariance))
-        draws = eta + torch.einsum("nij,sj->sni", factor, self._noise(eta.shape[-1]))
+        root, _ = _roots(covariance)
+        draws = eta + torch.einsum("nij,sj->sni", root, self._noise(eta.shape[-1]))
         return self.family.from_eta(draws, base)
 
     def moments(self, rows: slice, params: Params) -> Moments:
@@ -78,12 +81,11 @@ class LinearisedSource:
             variance = covariance.diagonal(dim1=-2, dim2=-1).reshape(shape)
             return {"loc": base["loc"].unsqueeze(0), "scale": (base["scale"].square() + variance).sqrt().unsqueeze(0)}
         log_scale, spread = eta[:, -size:], covariance[:, -size:, -size:]
-        factor = torch.linalg.cholesky(_jitter(spread))
+        root, inverse = _roots(spread)
         noise = self._noise(size)
-        log_draws = log_scale + torch.einsum("nij,sj->sni", factor, noise)
+        log_draws = log_scale + torch.einsum("nij,sj->sni", root, noise)
         if "loc" in self._names:
-            cross = covariance[:, :size, -size:]  # (n, L, L)
-            gain = torch.linalg.solve_triangular(factor, cross.mT, upper=False)  # factor^-1 C_sl
+            gain = inverse @ covariance[:, :size, -size:].mT  # covariance of noise and loc, (n, L, L)
             loc = eta[:, :size] + torch.einsum("nji,sj->sni", gain, noise)
             variance = covariance[:, :size, :size].diagonal(dim1=-2, dim2=-1) - gain.square().sum(-2)
         else:
@@ -108,8 +110,55 @@ class LinearisedSource:
         return self._last[1:]
 
 
-def _jitter(covariance: Tensor) -> Tensor:
-    """Add a relative 1e-10 (1e-6 in float32) to the diagonal: J S J^T is singular wherever outputs outnumber weights."""
-    relative = 1e-10 if covariance.dtype == torch.float64 else 1e-6
-    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
-    return covariance + torch.diag_embed(relative * diagonal.mean(-1, keepdim=True).expand(diagonal.shape) + 1e-30)
+class LinearisedDraws:
+    r"""Components of a linearised network at given draws, :math:`\eta(x, \theta^*) + J(x)(\theta_s - \theta^*)`.
+
+    Args:
+        target: The model.
+        gaussian: Gaussian over theta; its mean is the linearisation point.
+        thetas: Draws, (S, P).
+        x: Inputs, every leaf (N, ...).
+    """
+
+    def __init__(self, target: Target, gaussian: FlatGaussian, thetas: Tensor, x: Tree) -> None:
+        self.target, self.gaussian, self.thetas, self.x = target, gaussian, thetas, x
+        self.family, one = _first(target, gaussian, x)
+        outputs = sum(math.prod(one[name].shape[1:]) for name in self.family.eta_names)
+        jacobian = max(1, CHUNK_BYTES // (4 * outputs * target.dim * thetas.element_size()))
+        self.rows = rows_per_chunk(min(num_data(x), _MAX_ROWS, jacobian), len(thetas), one)
+        self.weights = thetas.new_full((len(thetas),), 1 / len(thetas))
+
+    def params(self, rows: slice) -> Params:
+        """Parameters of every component at some inputs, each (S, n, ...)."""
+        x = index(self.x, rows)
+        eta, jacobian = eta_and_jacobian(self.target, self.gaussian.loc, x)
+        with torch.no_grad():
+            base = self.target.parameters(self.gaussian.loc, x)
+            draws = eta + torch.einsum("nep,sp->sne", jacobian, self.thetas - self.gaussian.loc)
+        return self.family.from_eta(draws, base)
+
+    def moments(self, rows: slice, params: Params) -> Moments:
+        """Moments by the law of total variance over the draws."""
+        return mixture_moments(self.family, params, self.weights)
+
+
+def _first(target: Target, gaussian: FlatGaussian, x: Tree) -> tuple[LikelihoodFamily, Params]:
+    """Family and parameters at the first few inputs."""
+    rows = next(chunks(num_data(x), _MAX_ROWS))
+    with torch.no_grad():
+        one = target.parameters(gaussian.loc, index(x, rows))
+    return target.family(index(x, rows)), one
+
+
+def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots of covariances and their pseudo-inverses, (n, E, E) each.
+
+    Unlike a Cholesky factor they exist where a covariance is singular, as J S J^T is wherever logits are normalised or
+    one noise scale is shared by several outputs, and they vary continuously with the input.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0)
+    kept = values > 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
+    roots = values.sqrt() * kept
+    inverses = torch.where(kept, 1 / roots, 0.0)
+    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (vectors * inverses.unsqueeze(-2)) @ vectors.mT

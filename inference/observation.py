@@ -93,7 +93,8 @@ def parameter_tensors(fn: Any) -> dict[str, Tensor]:
     names = _PARAMETERS.get(type(base).__name__, tuple(base.arg_constraints))
     if not names or isinstance(base, torch.distributions.MixtureSameFamily) or type(base).__name__ == "Delta":
         raise UnsupportedModelError(
-            f"the observed site's distribution {type(base).__name__} cannot be rebuilt from named parameters; predictions "
+            f"the observed site's distribution {type(base).__name__} cannot be rebuilt from named parameters; "
+            "predictions "
             "need a distribution with `arg_constraints`, such as Normal, StudentT, Categorical, Bernoulli or Poisson"
         )
     batch = fn.batch_shape + fn.event_shape[: fn.event_dim - len(base.event_shape)]
@@ -157,7 +158,8 @@ class LikelihoodFamily:
         if self.kind == "other" or "df" in self.varying:
             detail = "a latent df" if "df" in self.varying else self.cls.__name__
             raise UnsupportedModelError(
-                f"linearisation and Fisher information know Normal, StudentT (fixed df), Categorical, Bernoulli and Poisson "
+                "linearisation and Fisher information know Normal, StudentT (fixed df), Categorical, Bernoulli "
+                "and Poisson "
                 f"likelihoods, not {detail}; use a sampling backend such as NUTS, or MeanFieldVI"
             )
         return tuple(name for name in _ETA[self.kind] if name in self.varying)
@@ -270,6 +272,58 @@ def is_discrete(support: Any) -> bool:
     return bool(getattr(support, "is_discrete", False))
 
 
-def bijection(support: constraints.Constraint) -> torch.distributions.Transform:
-    """The map from unconstrained space onto a support, Pyro's own choice."""
+class LowerCholeskyBijection(torch.distributions.Transform):
+    """Vectors of length d (d + 1) / 2, rows of the lower triangle, to Cholesky factors: the diagonal is exponentiated.
+
+    Torch's own transform reads d x d matrices and ignores their upper half, so it is no bijection.
+    """
+
+    domain = constraints.independent(constraints.real, 1)
+    codomain = constraints.lower_cholesky
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LowerCholeskyBijection)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _call(self, x: Tensor) -> Tensor:
+        size = self.inverse_shape_of_triangle(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size)
+        place = torch.zeros(size, size, dtype=torch.long)
+        place[rows, columns] = torch.arange(x.shape[-1])
+        full = x[..., place.to(x.device)]
+        return full.tril(-1) + torch.diag_embed(full.diagonal(dim1=-2, dim2=-1).exp())
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        full = y.tril(-1) + torch.diag_embed(y.diagonal(dim1=-2, dim2=-1).log())
+        rows, columns = torch.tril_indices(y.shape[-1], y.shape[-1])
+        return full[..., rows, columns]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of the logarithms of the diagonal: (..., d (d + 1) / 2) and (..., d, d) to (...)."""
+        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        """Shape of the factors."""
+        size = self.inverse_shape_of_triangle(shape[-1])
+        return torch.Size((*shape[:-1], size, size))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        """Shape of the vectors."""
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+    @staticmethod
+    def inverse_shape_of_triangle(length: int) -> int:
+        """Rows d of a triangle with d (d + 1) / 2 entries."""
+        return (math.isqrt(8 * length + 1) - 1) // 2
+
+
+def bijection(support: Any) -> Any:
+    """The map from unconstrained space onto a support: torch's and Pyro's own choice where they have one."""
+    if support is constraints.lower_cholesky:
+        return LowerCholeskyBijection()
+    if isinstance(support, constraints.independent):
+        inner = bijection(support.base_constraint)
+        return torch.distributions.transforms.IndependentTransform(inner, support.reinterpreted_batch_ndims)
     return biject_to(support)

@@ -226,7 +226,8 @@ def descend(
             mean = float(losses.mean())
             if not math.isfinite(mean):
                 raise NonFiniteError(_where(target, theta, grads, losses, step, members))
-            theta.grad = grads
+            # A graph may return a transposed view, and fused optimisers read memory in theta's own order.
+            theta.grad = grads.contiguous()
             optimiser.step()
             if schedule is not None:
                 schedule.step()

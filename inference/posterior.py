@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from inference.backend import FitInfo
 from inference.data import num_data
-from inference.distributions import DenseGaussian, DiagonalGaussian, FlatGaussian, LowRankGaussian
+from inference.distributions import FlatGaussian, gaussian_from_tensors
 from inference.errors import CapabilityError
 from inference.linearised import LinearisedSource
 from inference.prediction import DrawSource, Prediction
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from inference.diagnosis import Diagnosis
 
-_GAUSSIANS = {c.__name__: c for c in (DenseGaussian, DiagonalGaussian, LowRankGaussian)}
 _WITH_DENSITY = "MeanFieldVI, DenseLaplace, DiagonalLaplace and SWAG"
 _WITH_EVIDENCE = "DenseLaplace and DiagonalLaplace (and MeanFieldVI as a lower bound)"
 
@@ -46,7 +45,9 @@ class Posterior(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, target: Target, *, backend: Any, info: FitInfo | None = None, log_evidence: float | None = None) -> None:
+    def __init__(
+        self, target: Target, *, backend: Any, info: FitInfo | None = None, log_evidence: float | None = None
+    ) -> None:
         self.target = target
         self.backend = backend
         self.info = info or FitInfo()
@@ -54,6 +55,11 @@ class Posterior(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(backend={self.backend!r}, P={self.target.dim}, N={self.target.num_data})"
+
+    @property
+    def backend_name(self) -> str:
+        """Class name of the backend, also after loading."""
+        return getattr(self.backend, "name", type(self.backend).__name__)
 
     # -- draws -------------------------------------------------------------------------------------------------------
 
@@ -116,9 +122,7 @@ class Posterior(ABC):
         Raises:
             CapabilityError: If the approximation has no density.
         """
-        raise CapabilityError(
-            f"{type(self.backend).__name__} gives {self.kind}, which have no density; {_WITH_DENSITY} have one"
-        )
+        raise CapabilityError(f"{self.backend_name} gives {self.kind}, which have no density; {_WITH_DENSITY} have one")
 
     @property
     def log_evidence(self) -> float:
@@ -128,7 +132,7 @@ class Posterior(ABC):
             CapabilityError: If the method gives none.
         """
         if self.log_evidence_or_none is None:
-            raise CapabilityError(f"{type(self.backend).__name__} gives no log evidence; {_WITH_EVIDENCE} do")
+            raise CapabilityError(f"{self.backend_name} gives no log evidence; {_WITH_EVIDENCE} do")
         return self.log_evidence_or_none
 
     # -- predictions and reports ---------------------------------------------------------------------------------------
@@ -148,11 +152,11 @@ class Posterior(ABC):
             The prediction.
 
         Raises:
-            ValueError: If x does not fit the model.
+            ValueError: If x does not fit the model, or a number is out of range.
         """
         x = check_new_inputs(self.target, x)
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
+        if num_samples is not None:
+            _check_count(num_samples)
         thetas, weights = self.components(num_samples, seed)
         return Prediction(DrawSource(self.target, thetas, weights, x, chunk_size), num_data(x), seed)
 
@@ -215,7 +219,9 @@ class Posterior(ABC):
 
     @classmethod
     @abstractmethod
-    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+    def from_state(
+        cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any
+    ) -> Posterior:
         """Undo :meth:`state`."""
 
     # -- starting point of another fit -----------------------------------------------------------------------------------
@@ -255,6 +261,7 @@ class Posterior(ABC):
         theta = pyro.sample("_posterior_theta", _ThetaDistribution(self), infer={"is_auxiliary": True})
         full = self.target.expand(theta)
         values = {}
+        plates = {}  # entered again by every site they hold: a second plate of the same name would be refused
         for site in self.target.all_sites:
             unconstrained = full[..., site.start : site.stop]
             lead = full.shape[:-1] + (1,) * (site.event_dim + len(site.unconstrained_shape) - len(site.shape))
@@ -265,7 +272,9 @@ class Posterior(ABC):
             log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + site.event_dim)
             with ExitStack() as stack:
                 for name, dim in site.plates:
-                    stack.enter_context(pyro.plate(name, site.shape[dim - site.event_dim], dim=dim))
+                    if name not in plates:
+                        plates[name] = pyro.plate(name, site.shape[dim - site.event_dim], dim=dim)
+                    stack.enter_context(plates[name])
                 values[site.name] = pyro.sample(
                     site.name, dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
                 )
@@ -283,6 +292,9 @@ class DrawsPosterior(Posterior):
         weights: (C, S), normalised here; None: equal.
         sample_stats: Per-draw statistics under ArviZ's names, each (C, S).
         log_evidence: Nats, where there is one.
+
+    Raises:
+        ValueError: If shapes disagree, or weights are negative or sum to nothing.
     """
 
     kind = "draws"
@@ -301,16 +313,25 @@ class DrawsPosterior(Posterior):
         super().__init__(target, backend=backend, info=info, log_evidence=log_evidence)
         if draws.dim() != 3 or draws.shape[-1] != target.dim:
             raise ValueError(f"draws must have shape (chains, draws, {target.dim}), got {tuple(draws.shape)}")
+        if draws.shape[0] * draws.shape[1] == 0:
+            raise ValueError(f"a posterior needs at least one draw, got shape {tuple(draws.shape)}")
         self._draws = draws.detach()
-        count = draws.shape[0] * draws.shape[1]
-        flat = draws.new_ones(count) if weights is None else weights.reshape(-1)
-        self.weights = (flat / flat.sum()).reshape(draws.shape[:2])
+        if weights is None:
+            weights = torch.ones(draws.shape[:2], dtype=torch.float64, device=draws.device)
+        elif weights.numel() != draws.shape[0] * draws.shape[1]:
+            raise ValueError(f"weights must have shape {tuple(draws.shape[:2])}, got {tuple(weights.shape)}")
+        self.weights = _normalised(weights).reshape(draws.shape[:2]).to(draws.dtype)
         self.sample_stats = sample_stats or {}
 
     @property
     def draws(self) -> Tensor:
         """Draws with their chains, (C, S, P)."""
         return self._draws
+
+    @property
+    def equally_weighted(self) -> bool:
+        """Whether all draws count the same."""
+        return bool((self.weights == self.weights[0, 0]).all())
 
     @property
     def flat_draws(self) -> Tensor:
@@ -332,21 +353,23 @@ class DrawsPosterior(Posterior):
         Returns:
             (S, P).
         """
+        _check_count(num_samples)
         flat, weights = self.flat_draws, self.weights.reshape(-1)
         generator = random_stream(seed, 0, flat.device)
-        equal = bool((weights - weights[0]).abs().max() < 1e-12)
-        if equal and num_samples <= flat.shape[0]:
+        if self.equally_weighted and num_samples <= flat.shape[0]:
             chosen = torch.randperm(flat.shape[0], generator=generator, device=flat.device)[:num_samples]
         else:
             chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
         return flat[chosen]
 
     def components(self, num_samples: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """All draws with their weights, or ``num_samples`` of them spread evenly along the chains.
+        """All draws with their weights, or ``num_samples`` spread evenly along the chains.
+
+        A subset is taken by systematic resampling, so that each draw appears in proportion to its weight.
 
         Args:
             num_samples: Number of components; None for all.
-            seed: Random seed, used if more components than draws are asked for.
+            seed: Not used: nothing is random here.
 
         Returns:
             Thetas (S, P) and weights (S,).
@@ -355,11 +378,14 @@ class DrawsPosterior(Posterior):
         total = flat.shape[0]
         if num_samples is None or num_samples == total:
             return flat, weights
-        if num_samples > total:
-            return super().components(num_samples, seed)
-        chosen = torch.linspace(0, total - 1, num_samples, dtype=torch.float64, device=flat.device).round().long()
-        picked = weights[chosen]
-        return flat[chosen], picked / picked.sum()
+        _check_count(num_samples)
+        places = torch.arange(num_samples, device=flat.device)
+        if self.equally_weighted:
+            chosen = (2 * places + 1) * total // (2 * num_samples)
+        else:
+            ends = weights.double().cumsum(0)
+            chosen = torch.searchsorted(ends, (places + 0.5) / num_samples * ends[-1])
+        return flat[chosen], flat.new_full((num_samples,), 1 / num_samples)
 
     def _starts(self, num: int, seed: int) -> Tensor:
         flat = self.flat_draws
@@ -371,10 +397,14 @@ class DrawsPosterior(Posterior):
         return {}, {"draws": self._draws, "weights": self.weights, **stats}
 
     @classmethod
-    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+    def from_state(
+        cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any
+    ) -> Posterior:
         """Undo :meth:`state`."""
         stats = {k.removeprefix("stat."): v for k, v in tensors.items() if k.startswith("stat.")}
-        return cls(target, tensors["draws"], weights=tensors["weights"], sample_stats=stats, **common)
+        made = cls(target, tensors["draws"], sample_stats=stats, **common)
+        made.weights = tensors["weights"]  # as they were, not normalised a second time
+        return made
 
 
 class GaussianPosterior(Posterior):
@@ -438,6 +468,7 @@ class GaussianPosterior(Posterior):
         Returns:
             (S, P).
         """
+        _check_count(num_samples)
         return self.gaussian.sample(num_samples, random_stream(seed, 0, self.gaussian.loc.device))
 
     def predict(
@@ -457,6 +488,8 @@ class GaussianPosterior(Posterior):
         if not self.linearized:
             return super().predict(x, num_samples=num_samples, seed=seed, chunk_size=chunk_size)
         x = check_new_inputs(self.target, x)
+        if num_samples is not None:
+            _check_count(num_samples)
         source = LinearisedSource(self.target, self.gaussian, x, num_samples=num_samples or 500, seed=seed)
         return Prediction(source, num_data(x), seed)
 
@@ -468,9 +501,11 @@ class GaussianPosterior(Posterior):
         return {"gaussian": type(self.gaussian).__name__, "linearized": self.linearized}, self.gaussian.tensors()
 
     @classmethod
-    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+    def from_state(
+        cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any
+    ) -> Posterior:
         """Undo :meth:`state`."""
-        gaussian = _GAUSSIANS[figures["gaussian"]].from_tensors(tensors)
+        gaussian = gaussian_from_tensors(figures["gaussian"], tensors)
         return cls(target, gaussian, linearized=figures["linearized"], **common)
 
 
@@ -484,6 +519,9 @@ class MixturePosterior(Posterior):
         info: Cost and warnings.
         weights: One per part, normalised here; None: equal.
         log_evidence: Nats, where there is one.
+
+    Raises:
+        ValueError: If there is no part, or parts or weights do not fit.
     """
 
     kind = "a mixture"
@@ -502,8 +540,12 @@ class MixturePosterior(Posterior):
         if not components:
             raise ValueError("a mixture needs at least one component")
         self.parts = tuple(components)
-        flat = torch.ones(len(self.parts), dtype=target.dtype) if weights is None else weights
-        self.weights = flat / flat.sum()
+        if any(part.target.dim != target.dim for part in self.parts):
+            raise ValueError(f"all parts must have {target.dim} dimensions, got {[p.target.dim for p in self.parts]}")
+        flat = torch.ones(len(self.parts), device=target.device) if weights is None else weights
+        if flat.shape != (len(self.parts),):
+            raise ValueError(f"weights must have shape ({len(self.parts)},), got {tuple(flat.shape)}")
+        self.weights = _normalised(flat).to(target.dtype)
 
     @property
     def mean_theta(self) -> Tensor:
@@ -537,12 +579,14 @@ class MixturePosterior(Posterior):
         Returns:
             (S, P).
         """
+        _check_count(num_samples)
         generator = random_stream(seed, 0)
-        chosen = torch.multinomial(self.weights, num_samples, replacement=True, generator=generator)
+        chosen = torch.multinomial(self.weights.cpu(), num_samples, replacement=True, generator=generator)
         counts = torch.bincount(chosen, minlength=len(self.parts)).tolist()
-        pieces = [p.sample(c, seed + 1 + i) for i, (p, c) in enumerate(zip(self.parts, counts, strict=True)) if c]
+        seeds = torch.randint(2**31, (len(self.parts),), generator=generator).tolist()
+        pieces = [p.sample(c, s) for p, c, s in zip(self.parts, counts, seeds, strict=True) if c]
         thetas = torch.cat(pieces)
-        return thetas[torch.randperm(num_samples, generator=generator)]
+        return thetas[torch.randperm(num_samples, generator=generator).to(thetas.device)]
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """States of all parts."""
@@ -550,23 +594,48 @@ class MixturePosterior(Posterior):
         tensors: dict[str, Tensor] = {"weights": self.weights}
         for i, part in enumerate(self.parts):
             own, held = part.state()
-            figures["parts"].append({"class": type(part).__name__, "figures": own})
+            figures["parts"].append({
+                "class": type(part).__name__,
+                "figures": own,
+                "log_evidence": part.log_evidence_or_none,
+            })
             tensors.update({f"part{i}.{k}": v for k, v in held.items()})
         return figures, tensors
 
     @classmethod
-    def from_state(cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any) -> Posterior:
+    def from_state(
+        cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any
+    ) -> Posterior:
         """Undo :meth:`state`."""
         parts = []
         for i, part in enumerate(figures["parts"]):
             prefix = f"part{i}."
             held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             kind = POSTERIORS[part["class"]]
-            parts.append(kind.from_state(target, part["figures"], held, backend=common.get("backend")))
-        return cls(target, parts, weights=tensors["weights"], **common)
+            parts.append(
+                kind.from_state(
+                    target, part["figures"], held, backend=common["backend"], log_evidence=part["log_evidence"]
+                )
+            )
+        made = cls(target, parts, **common)
+        made.weights = tensors["weights"]  # as they were, not normalised a second time
+        return made
 
 
 POSTERIORS: dict[str, type[Posterior]] = {c.__name__: c for c in (DrawsPosterior, GaussianPosterior, MixturePosterior)}
+
+
+def _check_count(num_samples: Any) -> None:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}")
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    """Weights divided by their sum, in float64."""
+    weights = weights.detach().double()
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or not bool(weights.sum() > 0):
+        raise ValueError("weights must be finite, none negative, and not all zero")
+    return weights / weights.sum()
 
 
 class _ThetaDistribution(TorchDistribution):

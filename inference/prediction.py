@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.special
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import vmap
 
 from inference.data import Tree, chunks, index, num_data, shapes
@@ -33,6 +33,7 @@ Params = dict[str, Tensor]
 # Buffers past a core's cache cost page faults: small chunks were two to four times faster when measured.
 _CHUNK_ELEMENTS = 400_000
 _MAX_ROWS = 2_048
+_ROW_CHUNK_BYTES = 32 * 2**20
 _KEEP_BYTES = 128 * 2**20
 
 
@@ -52,6 +53,7 @@ class Source(Protocol):
 
     weights: Tensor
     family: LikelihoodFamily
+    rows: int  # inputs per chunk
 
     def params(self, rows: slice) -> Params:
         """Parameters of every component at some inputs, each (S, n, ...)."""
@@ -74,41 +76,76 @@ class DrawSource:
     """
 
     def __init__(self, target: Target, thetas: Tensor, weights: Tensor, x: Tree, chunk_size: int | None = None) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be >= 1, got {chunk_size}")
         self.target, self.thetas, self.weights, self.x = target, thetas, weights, x
-        self.family = target.family(index(x, slice(0, 1)))
         self.chunk_size = chunk_size
+        self.num_data = num_data(x)
+        local = bool(target.programs.traced.local_sites)  # such a model runs on all of its data or not at all
+        rows = self.num_data if local else min(self.num_data, _MAX_ROWS)
+        first = index(x, slice(0, rows))
+        with torch.no_grad():
+            found = target.parameters(thetas[0], first)
+        self.family = target.family(first)
+        self.rows = rows if local else rows_per_chunk(rows, thetas.shape[0], found)
 
     def params(self, rows: slice) -> Params:
         """Parameters of every draw at some inputs, each (S, n, ...)."""
-        x = index(self.x, rows)
+        # The last chunk is taken full and cut afterwards, of rows and of draws alike: one recorded graph serves all.
+        extra = max(0, min(self.rows, self.num_data) - (rows.stop - rows.start))
+        extra = min(extra, rows.start)
+        x = index(self.x, slice(rows.start - extra, rows.stop))
         total = self.thetas.shape[0]
         size = min(self.chunk_size or self._chunk(x), total)
-        pieces = []
+        program = self._program(size, x)
+        out: Params = {}  # filled in place: small pieces kept beside large buffers fragment the heap
         with torch.no_grad():
             for part in chunks(total, size):
-                pieces.append(self._program(part.stop - part.start, x)(self.thetas[part], x))
-        return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+                start = min(part.start, total - size)
+                found = program(self.target.expand(self.thetas[start : start + size]), x)
+                for name, value in found.items():
+                    if name not in out:
+                        out[name] = value.new_empty((total, value.shape[1] - extra, *value.shape[2:]))
+                    out[name][part] = value[part.start - start :, extra:]
+        return out
 
     def moments(self, rows: slice, params: Params) -> Moments:
         """Moments by the law of total variance over the draws."""
         return mixture_moments(self.family, params, self.weights)
 
     def _program(self, num: int, x: Tree) -> Callable[..., Params]:
-        key = ("predict", num, shapes(x), self.target.kept)
-        cache = self.target.programs.cache
-        if self.target.at is not None:  # the fixed part is a constant of the graph
-            return lambda thetas, inputs: vmap(self.target.parameters, in_dims=(0, None))(thetas, inputs)
-        if key not in cache:
-            self.target.parameters(self.thetas[0], x)
-            cache[key] = capture(vmap(self.target.parameters, in_dims=(0, None)), self.thetas[:num], x)
-        return cache[key]
+        programs = self.target.programs
+        key = ("predict", num, shapes(x), self.thetas.device)
+        if key not in programs.cache:
+            example = self.target.expand(self.thetas[:num])
+            programs.parameters(example[0], x)  # recorded outside the vmap
+            programs.cache[key] = capture(vmap(programs.parameters, in_dims=(0, None)), example, x)
+        return programs.cache[key]
 
     def _chunk(self, x: Tree) -> int:
-        self.target.parameters(self.thetas[0], x)
-        program = self.target.programs.recorded_parameters(x)
-        values = [n.meta.get("val") for n in program.graph.nodes if n.op == "call_function"]
-        widest = max((v.numel() for v in values if isinstance(v, Tensor)), default=1)
-        return max(1, _CHUNK_ELEMENTS // max(widest, 1))
+        return draws_per_chunk(self.target.programs.recorded_parameters(x))
+
+
+def draws_per_chunk(graph: fx.GraphModule) -> int:
+    """Number of draws whose widest intermediate result stays in the cache, from a graph recorded for one."""
+    values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "call_function"]
+    widest = max((v.numel() for v in values if isinstance(v, Tensor)), default=1)
+    return max(1, _CHUNK_ELEMENTS // max(widest, 1))
+
+
+def rows_per_chunk(limit: int, num_components: int, one: Params) -> int:
+    """Number of inputs whose parameters for all components stay within the bound.
+
+    Args:
+        limit: Largest number wanted.
+        num_components: Number of components S.
+        one: Parameters of one component, each (n, ...).
+
+    Returns:
+        Between 1 and ``limit``.
+    """
+    per_row = num_components * sum(p.numel() * p.element_size() / p.shape[0] for p in one.values())
+    return max(1, min(limit, int(_ROW_CHUNK_BYTES / per_row)))
 
 
 def mixture_moments(family: LikelihoodFamily, params: Params, weights: Tensor) -> Moments:
@@ -176,7 +213,7 @@ class Prediction:
         self._weights = source.weights
         self._log_weights = source.weights.log()
         self.family = source.family
-        self._rows = list(chunks(num_data, min(num_data, _MAX_ROWS)))
+        self._rows = list(chunks(num_data, source.rows))
         self._kept: list[Params] | None = None
         self.num_data = num_data
         self._compute_moments()
@@ -273,7 +310,7 @@ class Prediction:
         Returns:
             (N,) nats per datum.
         """
-        self._check_targets(y)
+        self._check_labels(y)
         parts = []
         for rows, params in zip(self._rows, self._all_params(), strict=True):
             log_prob = self.family.distribution(params).log_prob(y[rows])  # (S, n)
@@ -282,7 +319,7 @@ class Prediction:
 
     def component_log_prob(self, y: Tensor) -> Tensor:
         """Log density of every component, (S, N) nats per datum: allocates all of it."""
-        self._check_targets(y)
+        self._check_labels(y)
         pairs = zip(self._rows, self._all_params(), strict=True)
         return torch.cat([self.family.distribution(p).log_prob(y[rows]) for rows, p in pairs], 1)
 
@@ -297,6 +334,7 @@ class Prediction:
         """
         self._need_regression("gaussian_log_prob")
         self._check_targets(y)
+        y = y.to(self.mean.dtype)  # counts are integers
         log_prob = torch.distributions.Normal(self.mean, self.stddev, validate_args=False).log_prob(y)
         return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
 
@@ -356,7 +394,12 @@ class Prediction:
 
         Returns:
             (S, N, ...).
+
+        Raises:
+            ValueError: If ``num_samples`` is below 1.
         """
+        if num_samples < 1:
+            raise ValueError(f"`num_samples` must be >= 1, got {num_samples}")
         generator = torch.Generator().manual_seed(self._seed if seed is None else seed)
         weights = self._weights.cpu()
         uniform = bool((weights - weights[0]).abs().max() < 1e-12)
@@ -365,7 +408,8 @@ class Prediction:
         else:
             chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
         parts = []
-        with torch.random.fork_rng(devices=[]):
+        device = self._weights.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for params in self._all_params():
                 picked = {k: v[chosen.to(v.device)] for k, v in params.items()}
@@ -389,16 +433,31 @@ class Prediction:
 
     def _need_classes(self, name: str) -> None:
         if not self.family.is_classification:
-            raise CapabilityError(f"`{name}` needs class labels (Categorical or Bernoulli), but y is {self.family.cls.__name__}")
+            raise CapabilityError(
+                f"`{name}` needs class labels (Categorical or Bernoulli), but y is {self.family.cls.__name__}"
+            )
 
     def _need_regression(self, name: str) -> None:
         if self.family.is_classification:
-            raise CapabilityError(f"`{name}` needs an ordered target, but y is {self.family.cls.__name__}; use `.probs`")
+            raise CapabilityError(
+                f"`{name}` needs an ordered target, but y is {self.family.cls.__name__}; use `.probs`"
+            )
 
     def _check_targets(self, y: Tensor) -> None:
         expected = (self.num_data, *self.family.data_shape)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}; convert it with torch.as_tensor")
         if tuple(y.shape) != expected:
             raise ValueError(f"y must have shape {expected}, one target per input, got {tuple(y.shape)}")
+        if y.is_floating_point() and bool(y.isnan().any()):
+            raise ValueError(f"y holds NaN in {int(y.isnan().sum())} places; score only the inputs with known targets")
+
+    def _check_labels(self, y: Tensor) -> None:
+        self._check_targets(y)
+        if self.family.kind in ("categorical", "bernoulli"):
+            count = self.probs.shape[-1]
+            if bool(((y < 0) | (y >= count) | (y != y.floor())).any()):
+                raise ValueError(f"y must hold class labels 0 to {count - 1}, got values from {y.min()} to {y.max()}")
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -416,6 +475,9 @@ def component_cdf(family: LikelihoodFamily, params: Params, y: Tensor) -> Tensor
 
     Returns:
         (S, n, ...).
+
+    Raises:
+        CapabilityError: If the distribution has none.
     """
     if family.kind == "normal":
         return torch.special.ndtr((y - params["loc"]) / params["scale"])
@@ -426,11 +488,16 @@ def component_cdf(family: LikelihoodFamily, params: Params, y: Tensor) -> Tensor
         counts = np.floor(y.cpu().numpy())
         below = scipy.special.pdtr(np.maximum(counts, 0), params["rate"].cpu().numpy())
         return torch.as_tensor(np.where(counts < 0, 0.0, below)).to(params["rate"])
-    return family.cls(**params, validate_args=False).cdf(y)
+    try:
+        return family.cls(**params, validate_args=False).cdf(y)
+    except NotImplementedError as err:
+        raise CapabilityError(
+            f"{family.cls.__name__} has no distribution function here, so neither cdf nor quantiles; use `.sample()`"
+        ) from err
 
 
 def mixture_quantile(family: LikelihoodFamily, params: Params, weights: Tensor, q: float) -> Tensor:
-    """Quantile of a mixture by bisection on its distribution function, exact to a part in 2^50 of the bracket.
+    """Quantile of a mixture by bisection on its distribution function, to rounding error.
 
     Args:
         family: The likelihood.
@@ -441,22 +508,35 @@ def mixture_quantile(family: LikelihoodFamily, params: Params, weights: Tensor, 
     Returns:
         (n, ...); the smallest integer reaching q for counts.
     """
-    base = family.cls(**params, validate_args=False)
-    spread = base.stddev
-    spread = torch.where(torch.isfinite(spread), spread, 10 * params["scale"] if "scale" in params else spread)
-    # Chebyshev's inequality: no quantile is further than sd / sqrt(tail) from its component's mean; doubled for safety.
-    reach = 2 * spread / math.sqrt(min(q, 1 - q))
-    low, high = (base.mean - reach).amin(0), (base.mean + reach).amax(0)
-    if family.kind == "student_t":
-        low, high = _widen(family, params, weights, q, low, high)
-    for _ in range(50):
+    low, high = _bracket(family, params, q)
+    low, high = _widen(family, params, weights, q, low, high)
+    for _ in range(30 if low.dtype == torch.float32 else 55):
         middle = (low + high) / 2
         below = average(component_cdf(family, params, middle), weights) < q
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return high.floor() if family.kind == "poisson" else (low + high) / 2
 
 
-def _widen(family: LikelihoodFamily, params: Params, weights: Tensor, q: float, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _bracket(family: LikelihoodFamily, params: Params, q: float) -> tuple[Tensor, Tensor]:
+    """First guess of an interval that holds the quantile of every component, (n, ...) each."""
+    base = family.cls(**params, validate_args=False)
+    if family.kind == "student_t":  # below two degrees of freedom there is no variance, below one no mean
+        centre, spread = params["loc"], params["scale"]
+    else:
+        centre, spread = base.mean, base.stddev
+    # Chebyshev's inequality: no quantile is further than sd / sqrt(tail) from its component's mean.
+    reach = (1 + 1e-3) * spread / math.sqrt(min(q, 1 - q)) + torch.finfo(spread.dtype).tiny
+    low, high = (centre - reach).amin(0), (centre + reach).amax(0)
+    support = getattr(base, "support", None)
+    if family.kind == "other" and hasattr(support, "lower_bound"):  # such a class is not defined below it
+        low = torch.maximum(low, torch.as_tensor(support.lower_bound).to(low))
+        high = torch.maximum(high, low)
+    return low, high
+
+
+def _widen(
+    family: LikelihoodFamily, params: Params, weights: Tensor, q: float, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
     """Grow a bracket until it holds the quantile: heavy tails have no variance to bound it."""
     for _ in range(60):
         width = high - low

@@ -81,6 +81,21 @@ def find_backend(name: str) -> BackendEntry:
     key = name if name in BACKENDS else snake_case(name)
     if key not in BACKENDS:
         near = difflib.get_close_matches(key, BACKENDS, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
         raise ValueError(f"no backend is called {name!r}{hint} Known: {', '.join(BACKENDS)}")
     return BACKENDS[key]
+
+
+def backend_table() -> str:
+    """The table of all backends in Markdown, as in the README.
+
+    Returns:
+        Header and one row per backend.
+    """
+    rows = ["| backend | on the command line | needs | gives | bias to expect | source |", "|---|---|---|---|---|---|"]
+    for entry in BACKENDS.values():
+        needs, gives = ", ".join(sorted(entry.needs)), ", ".join(sorted(entry.capabilities)).replace("_", " ")
+        rows.append(
+            f"| `{entry.cls.__name__}` | `{entry.name}` | {needs} | {gives or 'predictions'} | {entry.bias} | {entry.reference} |"
+        )
+    return "\n".join(rows)

@@ -2,15 +2,22 @@
 
 Pyro's distributions recompute their constants at every call (the log of a fixed scale, a Jacobian of zero); recorded
 once, they need not be computed again. On an 8-50-1 network this halves the operations of a gradient.
+
+Three things stay as they were recorded: the memory layout of every value that something else may view, the order of
+everything that touches memory which the graph writes into, and that results are the caller's to keep and to change.
 """
 
 from __future__ import annotations
 
-import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from inference.affine import merge_affine, uniform
+from inference.layout import alias_root, frozen_nodes, mutates, same_layout, value_of
 
 aten = torch.ops.aten
 
@@ -21,6 +28,7 @@ _FILLED = {
     aten.new_zeros.default: 0.0,
     aten.new_ones.default: 1.0,
 }
+# They return their first argument unchanged if shape, layout and dtype say so.
 _VIEWS = {
     aten.view.default,
     aten._unsafe_view.default,
@@ -28,11 +36,14 @@ _VIEWS = {
     aten.expand.default,
     aten.permute.default,
     aten.transpose.int,
+    aten.t.default,
     aten.alias.default,
     aten.detach.default,
     aten.squeeze.dim,
+    aten.slice.Tensor,
     aten.clone.default,
     aten.lift_fresh_copy.default,
+    aten._to_copy.default,
 }
 _NEUTRAL = {
     aten.mul.Tensor: 1.0,
@@ -40,7 +51,9 @@ _NEUTRAL = {
     aten.div.Tensor: 1.0,
     aten.div.Scalar: 1.0,
     aten.add.Tensor: 0.0,
+    aten.add.Scalar: 0.0,
     aten.sub.Tensor: 0.0,
+    aten.sub.Scalar: 0.0,
     aten.pow.Tensor_Scalar: 1.0,
 }
 _RESHAPES = {
@@ -51,7 +64,9 @@ _RESHAPES = {
     aten.squeeze.dim,
     aten.squeeze.default,
 }
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 _COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
+_BROADCASTING = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor}
 # A constant of many different elements is kept as it is stored; this bounds what is made just to be looked at.
 _MAX_FOLDED = 1_000_000
 
@@ -60,13 +75,15 @@ def simplify(module: fx.GraphModule) -> None:
     """Simplify a graph in place.
 
     Args:
-        module: Functional graph recorded by ``make_fx``.
+        module: Graph recorded by ``make_fx``.
     """
+    roots = [alias_root(out) for out in _outputs(module.graph)]
     for _ in range(3):
         _fold_constants(module)
         _drop_identities(module)
-        _merge_affine(module.graph)
-        _merge_repeats(module.graph)
+        merge_affine(module.graph, frozen_nodes(module))
+        _merge_repeats(module)
+    _own_outputs(module.graph, roots)
     _drop_unused_constants(module)
     module.graph.lint()
     module.recompile()
@@ -74,9 +91,11 @@ def simplify(module: fx.GraphModule) -> None:
 
 def _fold_constants(module: fx.GraphModule) -> None:
     """Evaluate every node that depends on constants alone, and keep the results that others use."""
-    graph = module.graph
+    graph, frozen = module.graph, frozen_nodes(module)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
+        if node in frozen:
+            continue
         if node.op == "get_attr":
             value = getattr(module, node.target)
             if isinstance(value, Tensor):
@@ -91,113 +110,144 @@ def _fold_constants(module: fx.GraphModule) -> None:
         module.register_buffer(name, value)
         with graph.inserting_before(node):
             constant = graph.get_attr(name)
-        constant.meta["val"] = value
+        constant.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(constant)
+    graph.eliminate_dead_code()
 
 
 def _foldable(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-    if any(_mutates(u) for u in node.users) or _mutates(node):
-        return False
-    out = node.meta.get("val")
+    out = value_of(node)
     if node.target in _FILLED:
-        return isinstance(out, Tensor)
+        return out is not None
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
-    if isinstance(out, Tensor) and out.numel() > _MAX_FOLDED:
+    if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+        return False
+    if out is not None and out.numel() > _MAX_FOLDED:
         return False
     return all(a in values for a in node.all_input_nodes)
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    out = node.meta.get("val")
-    if node.target in _FILLED:
-        filled = torch.full((), _FILLED[node.target], dtype=out.dtype, device=out.device)
-        return filled.expand(out.shape)
-    args = fx.node.map_arg(node.args, lambda n: values[n])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
-    return node.target(*args, **kwargs)
+    target: Any = node.target
+    if target in _FILLED:
+        out: Tensor = node.meta["val"]
+        return torch.full((), _FILLED[target], dtype=out.dtype, device=out.device).expand(out.shape)
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    return target(*args, **kwargs)
 
 
 def _drop_identities(module: fx.GraphModule) -> None:
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
-            continue
-        if _mutates(node) or any(_mutates(u) for u in node.users):
+    graph, frozen = module.graph, frozen_nodes(module)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node in frozen or value_of(node) is None:
             continue
         _scalar_operand(module, node)
-        same = _same_as(module, node)
+        _unexpanded_operands(node, frozen)
+        same = _same_as(module, node, frozen)
         if same is not None:
             node.replace_all_uses_with(same)
-        elif node.target is aten.sum.default and _source_of_total(node) is not node.args[0]:
-            node.args = (_source_of_total(node),)
+        elif node.target is aten.sum.default:
+            node.args = (_source_of_total(node, frozen), *node.args[1:])
         elif node.target is aten.sum.dim_IntList and _sums_nothing(node):
-            shape = list(node.meta["val"].shape)
-            with module.graph.inserting_before(node):
-                view = module.graph.call_function(aten.view.default, (node.args[0], shape))
+            with graph.inserting_before(node):
+                view = graph.call_function(aten.view.default, (node.args[0], list(node.meta["val"].shape)))
             view.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(view)
-    module.graph.eliminate_dead_code()
+    graph.eliminate_dead_code()
 
 
 def _scalar_operand(module: fx.GraphModule, node: fx.Node) -> None:
     """Write a constant tensor of equal elements as a number where broadcasting does not need it."""
-    if node.target not in _NEUTRAL or node.kwargs:
+    if node.target not in _BROADCASTING or node.kwargs or len(node.args) != 2:
         return
     args = list(node.args)
-    if node.target in _COMMUTATIVE and _uniform(module, args[0]) is not None:
+    if node.target in _COMMUTATIVE and uniform(module, args[0]) is not None:
         args = args[::-1]
-    number = _uniform(module, args[1])
-    if number is None or not isinstance(args[0], fx.Node) or not isinstance(args[1], fx.Node):
-        return
-    out, first = node.meta["val"], args[0].meta.get("val")
-    if isinstance(first, Tensor) and first.shape == out.shape and first.dtype == out.dtype and out.is_floating_point():
+    first, number = value_of(args[0]), uniform(module, args[1])
+    # A number leaves shape, layout and dtype of the other operand as they are; so must the tensor have done.
+    unchanged = same_layout(first, node.meta["val"], through_arithmetic=True)
+    if number is not None and unchanged and node.meta["val"].is_floating_point():
         node.args = (args[0], number)
 
 
-def _same_as(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The input that a node returns unchanged, if it does."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
+def _unexpanded_operands(node: fx.Node, frozen: set[fx.Node]) -> None:
+    """Leave broadcasting to the arithmetic where one operand was expanded to the shape of the other."""
+    if node.target not in _BROADCASTING or len(node.args) != 2:
+        return
+    args = list(node.args)
+    for i in (0, 1):
+        expanded, other = args[i], value_of(args[1 - i])
+        if not isinstance(expanded, fx.Node) or expanded.target is not aten.expand.default or expanded in frozen:
+            continue
+        alike = other is not None and other.dtype == node.meta["val"].dtype == expanded.meta["val"].dtype
+        if alike and same_layout(other, node.meta["val"], through_arithmetic=True):
+            args[i] = expanded.args[0]
+            node.args = tuple(args)
+            return
+
+
+def _same_as(module: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> fx.Node | None:
+    """The earlier value that a node returns unchanged, if it does."""
+    source: Any = node.args[0] if node.args else None
+    if node.target is aten.cat.default and len(source) == 1:
+        return _if_alike(source[0], node)
+    if not isinstance(source, fx.Node):
         return None
-    value, out = source.meta["val"], node.meta["val"]
-    if node.target in _RESHAPES:
-        earlier = source
-        while earlier.target in _RESHAPES and isinstance(earlier.args[0], fx.Node):
-            earlier = earlier.args[0]
-            if earlier.meta["val"].shape == out.shape:
-                return earlier
-    if value.shape != out.shape or value.dtype != out.dtype:
-        return None
-    if node.target in (aten.permute.default, aten.transpose.int):
-        return source if _order(node) == list(range(value.dim())) else None
+    if node.target is operator.getitem and node.args[1] == 0 and source.target in _SPLITS:
+        return _if_alike(source.args[0], node)
+    if node.target is aten.where.self:
+        return _if_alike(_chosen(module, node), node)
+    if source not in frozen:
+        undone = source.target is node.target and source.args[1:] == node.args[1:]
+        if node.target in (aten.t.default, aten.transpose.int) and undone:
+            return _if_alike(source.args[0], node)
+        if node.target is aten.log.default and source.target is aten.exp.default:
+            return _if_alike(source.args[0], node)
+        if node.target in _RESHAPES:
+            return _if_alike(source, node) or _before_reshapes(source, node, frozen)
     if node.target in _VIEWS:
-        return source if value.stride() == out.stride() else None
-    if node.target in _NEUTRAL and not node.kwargs:
-        number = node.args[1] if isinstance(node.args[1], (int, float)) else _uniform(module, node.args[1])
-        return source if number == _NEUTRAL[node.target] else None
+        return _if_alike(source, node)
+    neutral = _NEUTRAL.get(node.target)  # type: ignore[arg-type]
+    if neutral is not None and not node.kwargs and len(node.args) == 2:
+        number = node.args[1] if isinstance(node.args[1], (int, float)) else uniform(module, node.args[1])
+        return _if_alike(source, node) if number == neutral else None
     return None
 
 
-def _order(node: fx.Node) -> list[int]:
-    """Order in which a permutation takes its argument's dimensions (the recorded strides may be stale)."""
-    dims = list(range(node.args[0].meta["val"].dim()))  # type: ignore[union-attr]
-    if node.target is aten.permute.default:
-        return [dims[int(d)] for d in node.args[1]]  # type: ignore[union-attr,arg-type]
-    first, second = dims[int(node.args[1])], dims[int(node.args[2])]  # type: ignore[arg-type]
-    dims[first], dims[second] = second, first
-    return dims
+def _if_alike(source: Any, node: fx.Node) -> fx.Node | None:
+    return source if same_layout(value_of(source), value_of(node)) else None
 
 
-def _merge_repeats(graph: fx.Graph) -> None:
+def _before_reshapes(source: Any, node: fx.Node, frozen: set[fx.Node]) -> fx.Node | None:
+    while source.target in _RESHAPES and source not in frozen:
+        source = source.args[0]
+        if _if_alike(source, node):
+            return source
+    return None
+
+
+def _chosen(module: fx.GraphModule, node: fx.Node) -> Any:
+    """The branch that ``where`` takes everywhere, if its condition is constant."""
+    condition, if_true, if_false = node.args
+    if not isinstance(condition, fx.Node) or condition.op != "get_attr":
+        return None
+    value = getattr(module, str(condition.target))
+    return if_true if bool(value.all()) else None if bool(value.any()) else if_false
+
+
+def _merge_repeats(module: fx.GraphModule) -> None:
     """Compute equal expressions once (PyTorch's own pass imports all of Inductor, 1.7 s in every process)."""
+    graph, frozen = module.graph, frozen_nodes(module)
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr") or _mutates(node) or any(_mutates(u) for u in node.users):
+        if node.op not in ("call_function", "get_attr") or node in frozen or mutates(node):
             continue
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
         # repr tells 1 from 1.0 and True, which hash alike
-        key = (node.op, node.target, repr(node.args), repr(node.kwargs))
+        held = id(getattr(module, str(node.target))) if node.op == "get_attr" else node.target
+        key = (node.op, held, repr(node.args), repr(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -205,104 +255,56 @@ def _merge_repeats(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _merge_affine(graph: fx.Graph) -> None:
-    """Join chains of a x + b with numbers a and b, and move them past reshapes and sums, where there is less to do."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or not node.args:
-            continue
-        source = node.args[0]
-        inner = _affine(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
-        if inner is None:
-            continue
-        outer = _affine(node)
-        if outer is not None:
-            new = _apply(graph, node, inner[0], outer[1] * inner[1], outer[1] * inner[2] + outer[2])
-        elif node.target in _RESHAPES or node.target is aten.sum.dim_IntList or node.target is aten.sum.default:
-            new = _moved(graph, node, inner)
-        else:
-            continue
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _affine(node: fx.Node) -> tuple[fx.Node, float, float] | None:
-    """Source, factor and offset of a node that computes a x + b of one floating tensor with numbers a and b."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point() or node.kwargs:
-        return None
-    first = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
-    if not isinstance(first, Tensor) or first.dtype != value.dtype:
-        return None
-    if node.target is aten.neg.default:
-        return node.args[0], -1.0, 0.0
-    number = node.args[1] if len(node.args) == 2 else None
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return None
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
-        return node.args[0], float(number), 0.0
-    if node.target in (aten.div.Tensor, aten.div.Scalar):
-        return node.args[0], 1.0 / number, 0.0
-    if node.target in (aten.add.Tensor, aten.add.Scalar):
-        return node.args[0], 1.0, float(number)
-    if node.target in (aten.sub.Tensor, aten.sub.Scalar):
-        return node.args[0], 1.0, -float(number)
-    return None
-
-
-def _apply(graph: fx.Graph, before: fx.Node, source: fx.Node, factor: float, offset: float) -> fx.Node:
-    """Insert factor * source + offset."""
-    new = source
-    with graph.inserting_before(before):
-        for target, number, neutral in ((aten.mul.Tensor, factor, 1.0), (aten.add.Tensor, offset, 0.0)):
-            if number != neutral:
-                new = graph.call_function(target, (new, number))
-                new.meta["val"] = source.meta["val"]
-    return new
-
-
-def _moved(graph: fx.Graph, node: fx.Node, inner: tuple[fx.Node, float, float]) -> fx.Node:
-    """The reshape or sum of x first, then a x + b of the result (b counted once per summed element)."""
-    source, factor, offset = inner
-    value, out = source.meta["val"], node.meta["val"]
-    with graph.inserting_before(node):
-        new = graph.call_function(node.target, (source, *node.args[1:]), node.kwargs)
-    new.meta["val"] = out
-    summed = value.numel() // max(out.numel(), 1) if node.target not in _RESHAPES else 1
-    return _apply(graph, node, new, factor, offset * summed)
-
-
-def _uniform(module: fx.GraphModule, node: Any) -> float | None:
-    """The one value of a constant tensor, or None."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value = getattr(module, node.target)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
-        return None
-    first = float(value.reshape(-1)[0])
-    return first if math.isfinite(first) and bool((value == first).all()) else None
-
-
-def _source_of_total(node: fx.Node) -> Any:
+def _source_of_total(node: fx.Node, frozen: set[fx.Node]) -> Any:
     """What a total sums, before reshapes and partial sums that do not change it."""
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.target in _RESHAPES | {aten.sum.dim_IntList, aten.expand.default}:
-        before = source.args[0]
-        if source.target is aten.expand.default and source.meta["val"].numel() != before.meta["val"].numel():  # type: ignore[union-attr]
+    source: Any = node.args[0]
+    while isinstance(source, fx.Node) and source not in frozen:
+        before, out = source.args[0] if source.args else None, value_of(source)
+        earlier = value_of(before)
+        if earlier is None or out is None or earlier.dtype != out.dtype:
+            break
+        if source.target is aten.sum.dim_IntList and (source.kwargs or not out.is_floating_point()):
+            break
+        same_count = source.target in _RESHAPES or source.target is aten.expand.default
+        if source.target is not aten.sum.dim_IntList and not (same_count and out.numel() == earlier.numel()):
             break
         source = before
     return source
 
 
 def _sums_nothing(node: fx.Node) -> bool:
-    dims = node.args[1]
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    return bool(dims) and all(shape[d] == 1 for d in dims)  # type: ignore[union-attr,index]
+    """Whether a sum runs over dimensions of size one only and a view gives its result."""
+    dims: Any = node.args[1]
+    value, out = value_of(node.args[0]), node.meta["val"]
+    if not dims or node.kwargs or value is None or value.dtype != out.dtype:
+        return False
+    if any(value.shape[d] != 1 for d in dims):
+        return False
+    strides = [s for s, n in zip(value.stride(), value.shape, strict=True) if n != 1]
+    return strides == [s for s, n in zip(out.stride(), out.shape, strict=True) if n != 1]
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+def _outputs(graph: fx.Graph) -> list[Any]:
+    return list(next(n for n in graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
+
+
+def _own_outputs(graph: fx.Graph, roots: list[fx.Node | None]) -> None:
+    """Copy results that have become a constant, an argument or one another, so that callers may write into them."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    outs = _outputs(graph)
+    taken: dict[fx.Node, fx.Node | None] = {}
+    for i, (out, before) in enumerate(zip(outs, roots, strict=True)):
+        after = alias_root(out)
+        if after is None:
+            continue
+        outside = after.op != "call_function" and (before is None or before.op == "call_function")
+        shared = after in taken and taken[after] is not before
+        taken.setdefault(after, before)
+        if outside or shared:
+            with graph.inserting_before(output):
+                outs[i] = graph.call_function(aten.clone.default, (out,))
+            outs[i].meta["val"] = out.meta["val"]
+    output.args = (outs,)
 
 
 def _free_name(module: fx.GraphModule) -> str:
@@ -317,5 +319,3 @@ def _drop_unused_constants(module: fx.GraphModule) -> None:
     for name in [n for n, _ in module.named_buffers()]:
         if name not in used:
             delattr(module, name)
-
-

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from inference.backend import FitInfo
+from inference.errors import UnsupportedModelError
 from inference.posterior import POSTERIORS, Posterior
-from inference.target import compile_target
+from inference.target import Target, compile_target
 
 FORMAT = "bnn-zoo posterior"
 FORMAT_VERSION = 1
@@ -33,11 +35,13 @@ class SavedBackend:
         name: Class name.
         text: Its ``repr``, which re-creates it.
         capabilities: What its class could do.
+        max_tree_depth: That of NUTS, for diagnosing its draws.
     """
 
     name: str
     text: str
     capabilities: frozenset[str]
+    max_tree_depth: int | None = None
 
     def __repr__(self) -> str:
         return self.text
@@ -60,7 +64,9 @@ def save(posterior: Posterior, path: Path, *, overwrite: bool = False, data: boo
     """
     file = path / FILE_NAME
     if file.exists() and not overwrite:
-        raise FileExistsError(f"{path} holds a posterior already; pass overwrite=True to replace it, or choose another directory")
+        raise FileExistsError(
+            f"{path} holds a posterior already; pass overwrite=True to replace it, or choose another directory"
+        )
     path.mkdir(parents=True, exist_ok=True)
     figures, tensors = posterior.state()
     tensors = {f"posterior.{k}": v for k, v in tensors.items()}
@@ -69,14 +75,15 @@ def save(posterior: Posterior, path: Path, *, overwrite: bool = False, data: boo
         tensors["target.at"] = target.at
     record = _record(posterior, figures)
     if data:
-        leaves, record["x_structure"] = _flatten(target.x)
-        tensors.update({f"data.x.{i}": leaf for i, leaf in enumerate(leaves)})
-        tensors["data.y"] = target.y
+        record["x_structure"], leaves = _flatten(target.x)
+        tensors.update({**leaves, "data.y": target.y})
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    record["sha256"] = _digest(plain)
+    text = json.dumps(record, default=_plain)
+    metadata = {"record": text, "sha256": _digest(plain, text)}
     temporary = path / f".{FILE_NAME}.{os.getpid()}"
     try:
-        save_file(plain, str(temporary), metadata={"record": json.dumps(record)})
+        _remove_leftovers(path)
+        save_file(plain, str(temporary), metadata=metadata)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, file)
@@ -106,19 +113,40 @@ def load(path: str | Path, model: Any, x: Any = None, y: Any = None) -> Posterio
     if x is None:
         if "data.y" not in tensors:
             raise ValueError(f"{path} was saved without its training data; pass them: load(path, model, x, y)")
-        leaves = [tensors[f"data.x.{i}"] for i in range(sum(k.startswith("data.x.") for k in tensors))]
-        x, y = _unflatten(leaves, record["x_structure"]), tensors["data.y"]
-    target = compile_target(model, x, y)
-    _check_sites(record["sites"], [(s.name, list(s.shape)) for s in target.all_sites], path)
+        x, y = _unflatten(record["x_structure"], tensors), tensors["data.y"]
+    target = _compile(model, x, y, record, path)
     if "target.at" in tensors:
-        target = target.restrict(record["free_sites"], tensors["target.at"])
+        # Names are literal here, also those with brackets.
+        target = target.restrict([glob.escape(name) for name in record["free_sites"]], tensors["target.at"])
     target = target.tempered(record["temperature"], record["likelihood_temperature"])
     held = {k.removeprefix("posterior."): v for k, v in tensors.items() if k.startswith("posterior.")}
     saved = record["backend"]
-    backend = SavedBackend(saved["name"], saved["repr"], frozenset(saved["capabilities"]))
+    backend = SavedBackend(saved["name"], saved["repr"], frozenset(saved["capabilities"]), saved["max_tree_depth"])
     info = FitInfo(**{**record["info"], "warnings": [tuple(w) for w in record["info"]["warnings"]]})
     kind = POSTERIORS[record["class"]]
-    return kind.from_state(target, record["figures"], held, backend=backend, info=info, log_evidence=record["log_evidence"])
+    posterior = kind.from_state(
+        target, record["figures"], held, backend=backend, info=info, log_evidence=record["log_evidence"]
+    )
+    _check_density(record["log_density"], _log_density(posterior), path)
+    return posterior
+
+
+def _compile(model: Any, x: Any, y: Any, record: dict[str, Any], path: Any) -> Target:
+    """Tie the model to the data, and see that it is the one that was saved."""
+    try:
+        target = compile_target(model, x, y)
+    except UnsupportedModelError:
+        raise
+    except (RuntimeError, IndexError) as error:  # a matrix product that does not fit, say
+        raise ValueError(f"{path} belongs to another model: this one does not run on its data ({error})") from error
+    _check_sites(record["sites"], _sites(target), path)
+    if target.num_data != record["num_data"]:
+        raise ValueError(
+            f"{path} was fitted to {record['num_data']} data, got {target.num_data}; pass the same training data"
+        )
+    if str(target.dtype) != record["dtype"]:
+        raise ValueError(f"{path} was fitted in {record['dtype']}, but the data are {target.dtype}; convert them first")
+    return target
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,78 +164,132 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     file = path / FILE_NAME
     if not file.exists():
-        raise FileNotFoundError(f"no posterior in {path}: expected a file {FILE_NAME}, as written by posterior.save(path)")
+        raise FileNotFoundError(
+            f"no posterior in {path}: expected a file {FILE_NAME}, as written by posterior.save(path)"
+        )
     try:
         with safe_open(str(file), framework="pt") as handle:
-            record = json.loads((handle.metadata() or {}).get("record", "null"))
+            metadata = handle.metadata() or {}
+            text = metadata.get("record", "null")
+            record = json.loads(text)
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not readable ({error}): it is truncated or not a safetensors file; save again") from error
+        raise ValueError(
+            f"{file} is not readable ({error}): it is truncated or not a safetensors file; save again"
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{file} is a safetensors file, but not a posterior saved by this library")
-    if record["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"{file} has format version {record['format_version']}, this library reads up to {FORMAT_VERSION}; update")
-    if record["sha256"] != _digest(tensors):
-        raise ValueError(f"{file} is corrupt: its tensors do not match their checksum; save again")
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {record['format_version']}, this library reads up to {FORMAT_VERSION}; update"
+        )
+    if metadata.get("sha256") != _digest(tensors, text):
+        raise ValueError(f"{file} is corrupt: it does not match its checksum; save again")
     return record, tensors
 
 
 def _record(posterior: Posterior, figures: dict[str, Any]) -> dict[str, Any]:
     target, backend = posterior.target, posterior.backend
+    inner = getattr(backend, "backend", backend)  # what a Subset wraps
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "class": type(posterior).__name__,
         "figures": figures,
         "backend": {
-            "name": getattr(backend, "name", type(backend).__name__),
+            "name": posterior.backend_name,
             "repr": repr(backend),
             "capabilities": sorted(getattr(backend, "capabilities", ())),
+            "max_tree_depth": getattr(inner, "max_tree_depth", None),
         },
-        "sites": [(s.name, list(s.shape)) for s in target.all_sites],
+        "sites": _sites(target),
         "free_sites": [s.name for s in target.sites],
         "temperature": target.temperature,
         "likelihood_temperature": target.likelihood_temperature,
         "dtype": str(target.dtype),
         "num_data": target.num_data,
         "log_evidence": posterior.log_evidence_or_none,
+        "log_density": _log_density(posterior),
         "info": asdict(posterior.info),
         "versions": {"bnn-zoo": _version("bnn-zoo"), "torch": torch.__version__, "pyro-ppl": _version("pyro-ppl")},
     }
 
 
-def _check_sites(saved: list[Any], own: list[tuple[str, list[int]]], path: Any) -> None:
-    for (name, shape), (mine, my_shape) in zip(saved, own, strict=False):
+def _sites(target: Target) -> list[list[Any]]:
+    return [[s.name, list(s.shape), str(s.support)] for s in target.all_sites]
+
+
+def _check_sites(saved: list[Any], own: list[Any], path: Any) -> None:
+    for (name, shape, support), (mine, my_shape, my_support) in zip(saved, own, strict=False):
         if name != mine:
             raise ValueError(f"{path} belongs to another model: it has site {name!r} where this model has {mine!r}")
-        if list(shape) != list(my_shape):
+        if shape != my_shape:
             raise ValueError(f"site {name!r} has shape {tuple(shape)} in {path} but {tuple(my_shape)} in the model")
+        if support != my_support:
+            raise ValueError(f"site {name!r} has the support {support} in {path} but {my_support} in the model")
     if len(saved) != len(own):
         longer = saved if len(saved) > len(own) else own
-        raise ValueError(f"{path} has {len(saved)} sites but the model {len(own)}; first difference: {longer[min(len(saved), len(own))][0]!r}")
+        raise ValueError(
+            f"{path} has {len(saved)} sites but the model {len(own)}; first difference: {longer[min(len(saved), len(own))][0]!r}"
+        )
 
 
-def _flatten(x: Any) -> tuple[list[Tensor], Any]:
+def _log_density(posterior: Posterior) -> float | None:
+    """The model's density at the posterior mean, which tells apart models whose sites look alike; None if not finite."""
+    with torch.no_grad():
+        value = float(posterior.target.log_density(posterior.mean_theta))
+    return value if math.isfinite(value) else None
+
+
+def _check_density(saved: float | None, own: float | None, path: Any) -> None:
+    if saved is None or own is None:
+        return
+    if abs(saved - own) > 1e-3 * (1 + abs(saved)):
+        raise ValueError(
+            f"{path} belongs to another model: the log density at its mean was {saved:.6g} nats when saved and is {own:.6g} with "
+            "this model and data; a prior, the likelihood, a constant weight or the training data differ"
+        )
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what saves in killed processes left behind."""
+    for leftover in path.glob(f".{FILE_NAME}.*"):
+        number = leftover.suffix[1:]
+        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc/self").exists():
+            leftover.unlink(missing_ok=True)
+
+
+def _flatten(x: Any, at: str = "data.x") -> tuple[Any, dict[str, Tensor]]:
+    """Structure of the inputs for JSON, and their tensors by name."""
     if isinstance(x, Tensor):
-        return [x], "tensor"
-    if isinstance(x, dict):
-        return list(x.values()), list(x)
-    return pytree.tree_leaves(x), len(x)
+        return at, {at: x}
+    pairs = list(x.items()) if isinstance(x, dict) else list(enumerate(x))
+    parts = [_flatten(value, f"{at}.{i}") for i, (_, value) in enumerate(pairs)]
+    structure = {"keys": [k for k, _ in pairs] if isinstance(x, dict) else None, "values": [p[0] for p in parts]}
+    return structure, {name: leaf for p in parts for name, leaf in p[1].items()}
 
 
-def _unflatten(leaves: list[Tensor], structure: Any) -> Any:
-    if structure == "tensor":
-        return leaves[0]
-    if isinstance(structure, list):
-        return dict(zip(structure, leaves, strict=True))
-    return tuple(leaves)
+def _unflatten(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(structure, str):
+        return tensors[structure]
+    values = [_unflatten(s, tensors) for s in structure["values"]]
+    return tuple(values) if structure["keys"] is None else dict(zip(structure["keys"], values, strict=True))
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _plain(value: Any) -> Any:
+    """What JSON should hold in place of a tensor, array, set or anything else a backend put in its record."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return sorted(value) if isinstance(value, (set, frozenset)) else repr(value)
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy() if tensors[name].numel() else b"")
+        value = tensors[name]
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.numel():
+            total.update(value.contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
 

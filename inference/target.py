@@ -4,8 +4,8 @@ r"""The seam: a Pyro model becomes a pure flat log density.
 
 ``theta`` holds the latent sites in unconstrained space, concatenated in the order of the model. Every function of
 theta is written for one vector and batched with ``torch.func.vmap``; it is recorded once per shape of ``x`` and then
-runs without Pyro, the parameter store or the global random state. Prior and per-datum likelihood stay apart: minibatches
-scale one of them by N/B, curvature needs per-datum terms, and tempering touches one of them.
+runs without Pyro, the parameter store or the global random state. Prior and per-datum likelihood stay apart:
+minibatches scale one of them by N/B, curvature needs per-datum terms, and tempering touches one of them.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Programs:
 
     def joint(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior with Jacobians, (), and log-likelihood per datum, (B,); recorded on first use."""
+        theta, x, y = theta.contiguous(), map_tree(Tensor.contiguous, x), y.contiguous()  # as they were recorded
         return self._get("joint", self._joint, theta, x, y)(theta, x, y)
 
     def parameters(self, theta: Tensor, x: Tree) -> dict[str, Tensor]:
         """Parameters of the observed distribution, each (B, ...); recorded on first use."""
+        theta, x = theta.contiguous(), map_tree(Tensor.contiguous, x)
         return self._get("parameters", self._parameters, theta, x)(theta, x)
 
     def recorded_parameters(self, x: Tree) -> fx.GraphModule:
@@ -71,10 +73,13 @@ class Programs:
             outputs = next(n for n in program.module.graph.nodes if n.op == "output").args[0]
             source = next(n for n in program.module.graph.nodes if n.op == "placeholder")
             varying = frozenset(n for n, out in zip(names, outputs, strict=True) if _reads(out, source))
-            with outside_transforms(), isolated(self.traced.dtype, theta.device):
-                zero = torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device)
-                fn = self.terms(zero, _like(x), None).observed
-            self.families[key] = family_of(fn, varying)
+
+            def describe() -> LikelihoodFamily:
+                zero = torch.zeros(self.dim, dtype=self.traced.dtype, device=self.traced.device)
+                with isolated(self.traced.dtype, self.traced.device):
+                    return family_of(self.terms(zero, _like(x), None).observed, varying)
+
+            self.families[key] = outside_transforms(describe)
         return self.families[key]
 
     @property
@@ -91,7 +96,8 @@ class Programs:
         observed = self.terms(theta, x, None).observed
         if tuple(observed.batch_shape) != (num_data(x),):
             raise UnsupportedModelError(
-                f"the observed site {self.traced.observed!r} has batch shape {tuple(observed.batch_shape)} at {num_data(x)} "
+                f"the observed site {self.traced.observed!r} has batch shape {tuple(observed.batch_shape)} at "
+                f"{num_data(x)} "
                 "inputs; the data plate must be its leftmost dimension (give it the most negative `dim`)"
             )
         found = parameter_tensors(observed)
@@ -102,9 +108,13 @@ class Programs:
         key = (kind, shapes((x, *rest)), theta.device)
         if key not in self.cache:
             self._refuse_local(x)
-            with outside_transforms(), isolated(self.traced.dtype, theta.device):
-                example = torch.zeros(self.dim, dtype=self.traced.dtype, device=theta.device)
-                captured = capture(fn, example, _like(x), *(_like(r) for r in rest), final=False)
+
+            def record() -> Captured:
+                example = torch.zeros(self.dim, dtype=self.traced.dtype, device=self.traced.device)
+                with isolated(self.traced.dtype, self.traced.device):
+                    return capture(fn, example, _like(x), *(_like(r) for r in rest), final=False)
+
+            captured = outside_transforms(record)
             _refuse_impure(captured)
             if kind == "joint":
                 self._refuse_data_in_prior(captured, x)
@@ -116,14 +126,16 @@ class Programs:
         prior = next(n for n in captured.module.graph.nodes if n.op == "output").args[0][0]
         if num_data(x) != self.traced.num_data and any(_reads(prior, node) for node in inputs):
             raise UnsupportedModelError(
-                "a `pyro.factor` or prior outside the data plate depends on the data, so minibatches would not add up; put it "
+                "a `pyro.factor` or prior outside the data plate depends on the data, so minibatches would not "
+                "add up; put it "
                 f"inside `with pyro.plate({self.traced.data_plate!r}, ...)`, or use batch_size=None"
             )
 
     def _refuse_local(self, x: Tree) -> None:
         if self.traced.local_sites and num_data(x) != self.traced.num_data:
             raise UnsupportedModelError(
-                f"site {self.traced.local_sites[0]!r} has one value per datum ({self.traced.num_data} of them), so minibatches and "
+                f"site {self.traced.local_sites[0]!r} has one value per datum ({self.traced.num_data} of them), "
+                "so minibatches and "
                 "predictions at new inputs are not defined; use batch_size=None, or make the site global"
             )
 
@@ -283,8 +295,10 @@ class Target:
         example = torch.zeros(num, self.dim, dtype=self.dtype, device=self.device)
         program = hot(batched, example, self.x, self.y, compile=compile, num_calls=num_calls)
 
+        x, y = map_tree(Tensor.contiguous, self.x), self.y.contiguous()
+
         def call(theta: Tensor) -> tuple[Tensor, Tensor]:
-            grad, value = program(theta, self.x, self.y)
+            grad, value = program(theta.contiguous(), x, y)
             return value, grad
 
         return call
@@ -511,7 +525,9 @@ class Target:
         if init is None:
             points = torch.stack([self._random_start(seed, i) for i in range(num)])
             if self.initial_sites:
-                known = {k: torch.as_tensor(v, dtype=self.dtype, device=self.device) for k, v in self.initial_sites.items()}
+                known = {
+                    k: torch.as_tensor(v, dtype=self.dtype, device=self.device) for k, v in self.initial_sites.items()
+                }
                 points = torch.stack([self.ravel({**self.unravel(p), **known}) for p in points])
             return points.detach()
         if hasattr(init, "starting_points"):
@@ -580,10 +596,14 @@ def compile_target(model: Model, x: Any, y: Any = None) -> Target:
     x, y, batch_size = check_data(x, y)
     traced = TracedModel(model, x, y, _dtype(x, y))
     programs = Programs(traced)
-    own = getattr(model, "initial_sites", None)
-    target = Target(programs, x, y, traced.sites, batch_size=batch_size, initial_sites=own() if callable(own) else own)
+    own: Any = getattr(model, "initial_sites", None)
+    own = own() if callable(own) else own
+    target = Target(programs, x, y, traced.sites, batch_size=batch_size, initial_sites=own)
     with torch.no_grad():
-        programs.joint(torch.zeros(target.dim, dtype=target.dtype, device=target.device), x, y)
+        theta = 0.3 * torch.randn(target.dim, generator=target.stream(0), dtype=target.dtype, device=target.device)
+        recorded = programs.joint(theta, x, y)
+        with isolated(target.dtype, target.device):
+            traced.check_recorded(programs._joint(theta, x, y), recorded)
     return target
 
 
@@ -619,11 +639,13 @@ def _refuse_impure(captured: Captured) -> None:
     drawn, written = random_nodes(captured.module), mutating_nodes(captured.module)
     if drawn:
         raise UnsupportedModelError(
-            f"the model draws random numbers outside `pyro.sample` ({', '.join(sorted(set(drawn)))}); switch dropout off with "
+            f"the model draws random numbers outside `pyro.sample` ({', '.join(sorted(set(drawn)))}); switch "
+            "dropout off with "
             "`.eval()`, or make the noise a latent site"
         )
     if written:
         raise UnsupportedModelError(
-            f"the model changes its own buffers while it runs ({', '.join(sorted(set(written)))}), as batch norm in training mode "
+            f"the model changes its own buffers while it runs ({', '.join(sorted(set(written)))}), as batch norm "
+            "in training mode "
             "does; call `.eval()` on the network first"
         )

@@ -21,12 +21,19 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from inference.data import Tree, num_data
 from inference.errors import UnsupportedModelError
 from inference.observation import bijection, is_discrete, unwrap
 
 Model = Callable[..., Any]
+
+_DECISION = (
+    "the model takes a Python decision on a latent value or on the data (`if`, `float()`, `.item()`, "
+    "`.tolist()`, NumPy), so its "
+    "density is not one fixed graph; write the branch with torch.where or a mixture distribution"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Site:
     local: bool = False
 
     @property
-    def transform(self) -> torch.distributions.Transform:
+    def transform(self) -> Any:
         """Bijection from unconstrained space onto the support."""
         return bijection(self.support)
 
@@ -109,6 +116,11 @@ class _Recorder(Messenger):
             # a placeholder, so that nothing is drawn
             msg["value"] = torch.zeros(msg["fn"].shape(), device=self.device)
             msg["done"] = True
+        elif self.values is None and _is_latent(msg) and msg["value"] is None:
+            # priors written in another dtype than the data's (PyroSample on a float32 module) must not clash with x
+            value = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["value"] = value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+            msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         self.messages.append(dict(msg))
@@ -138,16 +150,22 @@ def _full_plates(batch: int, data_plate: str | None, device: torch.device) -> It
         yield
 
 
+def _no_validation(self: Any, value: Tensor) -> None:
+    """Stands in for the check of a value against a support."""
+
+
 @contextmanager
 def isolated(dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Iterator[None]:
     """Run Pyro without a trace: validation off, own parameter store, own random state, the data's dtype."""
     default = torch.get_default_dtype()
     device = torch.device(device)
     accelerators = [device] if device.type == "cuda" else []
-    # The store's scope restores it afterwards; validation would take decisions on tensor values.
+    # The store's scope restores it afterwards; validation would take decisions on tensor values. Distributions made
+    # outside (PyroSample priors) that went through `expand` remember that it was on, hence the patch.
     with (
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
+        mock.patch.object(torch.distributions.Distribution, "_validate_sample", _no_validation),
         torch.random.fork_rng(devices=accelerators),
     ):
         # not torch.manual_seed, which reaches every accelerator, nor pyro.set_rng_seed, which reaches NumPy
@@ -223,7 +241,7 @@ class TracedModel:
         return draws
 
     def run(self, values: dict[str, Tensor], x: Tree, y: Tensor | None) -> Terms:
-        """Evaluate the model at given latent values; differentiable, and free of randomness. Call inside :func:`isolated`.
+        """Evaluate the model at given latent values, inside :func:`isolated`; differentiable, free of randomness.
 
         Args:
             values: Constrained value of every latent site.
@@ -242,10 +260,7 @@ class TracedModel:
             raise
         except Exception as error:
             if _is_decision(error):
-                raise UnsupportedModelError(
-                    "the model takes a Python decision on a latent value or on the data (`if`, `float()`, `.item()`), so its "
-                    "density is not one fixed graph; write the branch with torch.where or a mixture distribution"
-                ) from error
+                raise UnsupportedModelError(_DECISION) from error
             if y is None:
                 raise UnsupportedModelError(
                     f"the model cannot run without targets, which predictions need: model(x, None) raised "
@@ -255,17 +270,34 @@ class TracedModel:
         self._check_sites(messages)
         return _terms(messages, self, num_data(x), with_data=y is not None)
 
+    def check_recorded(self, eager: tuple[Tensor, ...], recorded: tuple[Tensor, ...]) -> None:
+        """Compare a run of the model with its graph, at a theta other than the one recorded.
+
+        Args:
+            eager: Terms from the model itself.
+            recorded: The same from the graph.
+
+        Raises:
+            UnsupportedModelError: If they differ: some number that depends on theta was recorded as a constant.
+        """
+        tolerance = 1e-8 if self.dtype == torch.float64 else 1e-2
+        for a, b in zip(eager, recorded, strict=True):
+            if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1 + a.abs().max().item()), equal_nan=True):
+                raise UnsupportedModelError(_DECISION)
+
     def _check_sites(self, messages: list[dict[str, Any]]) -> None:
         expected = {s.name for s in self.sites}
         found = {m["name"] for m in messages if _is_latent(m)} - {self.observed}
         if found != expected:
             raise UnsupportedModelError(
-                f"the model's sites change between runs: site {min(found ^ expected)!r} is not in all of them; every run must "
+                f"the model's sites change between runs: site {min(found ^ expected)!r} is not in all of them; "
+                "every run must "
                 "have the same sites, with and without y"
             )
         if self.observed not in {m["name"] for m in messages}:
             raise UnsupportedModelError(
-                f"the observed site {self.observed!r} is missing from a run without targets, which predictions need; write "
+                f"the observed site {self.observed!r} is missing from a run without targets, which predictions "
+                "need; write "
                 f"pyro.sample({self.observed!r}, ..., obs=y) whether or not y is None"
             )
 
@@ -305,7 +337,7 @@ def _log_prob(msg: dict[str, Any]) -> Tensor:
 
 def _sum_to_batch(log_prob: Tensor, frame: Any, batch: int) -> Tensor:
     """Sum everything but the data dimension: (..., B, ...) to (B,)."""
-    inner = sum_rightmost(log_prob, -frame.dim - 1)
+    inner: Any = sum_rightmost(log_prob, -frame.dim - 1)
     return inner.expand(inner.shape[:-1] + (batch,)).reshape(-1, batch).sum(0)
 
 
@@ -325,13 +357,15 @@ def _find_data_plate(message: dict[str, Any], batch: int, target_dim: int) -> st
     frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
     if not frames:
         raise UnsupportedModelError(
-            f"the observed site {message['name']!r} is in no plate, so the data are not known to be independent; put it inside "
+            f"the observed site {message['name']!r} is in no plate, so the data are not known to be independent; "
+            "put it inside "
             '`with pyro.plate("data", len(x)):`'
         )
     sized = [f for f in frames if f.size == batch]
     if not sized:
         raise UnsupportedModelError(
-            f"the observed site {message['name']!r} is in plates of size {[f.size for f in frames]}, but there are {batch} "
+            f"the observed site {message['name']!r} is in plates of size {[f.size for f in frames]}, but there "
+            f"are {batch} "
             'data; put it inside `with pyro.plate("data", len(x)):`'
         )
     first = [f for f in sized if -f.dim == target_dim - message["fn"].event_dim]
@@ -359,9 +393,7 @@ def _find_observed(messages: list[dict[str, Any]]) -> dict[str, Any]:
     found = [
         m
         for m in messages
-        if m["type"] == "sample"
-        and m["is_observed"]
-        and not (_is_plate(m) or _is_deterministic(m) or _is_factor(m))
+        if m["type"] == "sample" and m["is_observed"] and not (_is_plate(m) or _is_deterministic(m) or _is_factor(m))
     ]
     if not found:
         raise UnsupportedModelError(
@@ -370,7 +402,8 @@ def _find_observed(messages: list[dict[str, Any]]) -> dict[str, Any]:
         )
     if len(found) > 1:
         raise UnsupportedModelError(
-            f"the model has {len(found)} observed sites ({', '.join(repr(m['name']) for m in found)}); one is supported: join the targets "
+            f"the model has {len(found)} observed sites ({', '.join(repr(m['name']) for m in found)}); one is "
+            "supported: join the targets "
             "in one distribution with `.to_event`, or move the others into a `pyro.factor`"
         )
     return found[0]
@@ -380,16 +413,19 @@ def _refuse_messages(messages: list[dict[str, Any]]) -> None:
     for msg in messages:
         if msg["type"] == "param" and not isinstance(msg["value"], nn.Parameter):
             raise UnsupportedModelError(
-                f"site {msg['name']!r} is a `pyro.param`, which has no prior; give it one with `pyro.sample`, or pass the value "
+                f"site {msg['name']!r} is a `pyro.param`, which has no prior; give it one with `pyro.sample`, or "
+                "pass the value "
                 "in as a constant"
             )
         if _is_latent(msg) and isinstance(unwrap(msg["fn"])[0], dist.Delta):
             raise UnsupportedModelError(
-                f"latent site {msg['name']!r} is a Delta, which has no density; use `pyro.deterministic` or a plain tensor"
+                f"latent site {msg['name']!r} is a Delta, which has no density; use `pyro.deterministic` or a "
+                "plain tensor"
             )
         if _is_latent(msg) and is_discrete(msg["fn"].support):
             raise UnsupportedModelError(
-                f"latent site {msg['name']!r} is discrete ({type(unwrap(msg['fn'])[0]).__name__}); sum it out, for instance with "
+                f"latent site {msg['name']!r} is discrete ({type(unwrap(msg['fn'])[0]).__name__}); sum it out, "
+                "for instance with "
                 "dist.MixtureSameFamily"
             )
 
@@ -406,7 +442,8 @@ def _refuse_mutating_modules(model: Model) -> None:
             )
         if batch_norm and module.running_mean is None:
             raise UnsupportedModelError(
-                f"module {name!r} ({kind}) has no running statistics, so the likelihood of one datum depends on the batch; "
+                f"module {name!r} ({kind}) has no running statistics, so the likelihood of one datum depends on "
+                "the batch; "
                 "use track_running_stats=True or another normalisation"
             )
 
@@ -439,7 +476,14 @@ def _find_sites(messages: list[dict[str, Any]], data_plate: str | None) -> tuple
         if not _is_latent(msg):
             continue
         fn, value = msg["fn"], msg["value"]
-        shape = tuple(bijection(fn.support).inv(value).shape)
+        try:
+            shape = tuple(bijection(fn.support).inv(value).shape)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"latent site {msg['name']!r} has the support {fn.support}, onto which no bijection is known; "
+                "sample an "
+                "unconstrained site and transform it, or register one with torch.distributions.biject_to"
+            ) from error
         stop = start + int(torch.Size(shape).numel())
         plates = tuple((f.name, f.dim) for f in msg["cond_indep_stack"] if f.dim is not None)
         local = _data_frame(msg, data_plate) is not None
@@ -455,14 +499,16 @@ def _refuse_changes(first: tuple[Site, ...], second: tuple[Site, ...]) -> None:
     if names != again:
         odd = sorted(set(names) ^ set(again)) or [a for a, b in zip(names, again, strict=False) if a != b]
         raise UnsupportedModelError(
-            f"the model's sites change between runs (first at {odd[0]!r}); every run must have the same sites in the same order"
+            f"the model's sites change between runs (first at {odd[0]!r}); every run must have the same sites in "
+            "the same order"
         )
     for a, b in zip(first, second, strict=True):
         if a.shape != b.shape:
             raise UnsupportedModelError(f"site {a.name!r} changes shape between runs: {a.shape}, then {b.shape}")
         if not _same_support(a.support, b.support):
             raise UnsupportedModelError(
-                f"the support of site {a.name!r} depends on other random values ({a.support}, then {b.support}); sample a site "
+                f"the support of site {a.name!r} depends on other random values ({a.support}, then {b.support}); "
+                "sample a site "
                 "with a fixed support and transform it with ordinary tensor operations"
             )
 
@@ -475,7 +521,6 @@ def _same_support(a: Any, b: Any) -> bool:
         if isinstance(left, Tensor):
             if not isinstance(right, Tensor) or left.shape != right.shape or not torch.equal(left, right):
                 return False
-        elif isinstance(left, torch.distributions.constraints.Constraint):
-            if not _same_support(left, right):
-                return False
+        elif isinstance(left, constraints.Constraint) and not _same_support(left, right):
+            return False
     return True

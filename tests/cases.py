@@ -92,7 +92,8 @@ class FrozenFeatures(PyroModule):
         self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.register_buffer("centre", torch.full((D,), 0.1, dtype=torch.float64))
         with torch.no_grad():
-            self.features.weight.normal_(generator=_generator(seed))
+            for parameter in self.features.parameters():
+                parameter.normal_(generator=_generator(seed))
         self.last = PyroModule[nn.Linear](H, 1)
         self.last.weight = PyroSample(normal(1, H))
         self.last.bias = PyroSample(normal(1))
@@ -139,7 +140,7 @@ def by_hand(x: Tensor, y: Tensor | None = None) -> None:
 def broadcasting(x: Tensor, y: Tensor | None = None) -> None:
     w = pyro.sample("w", normal(D))
     noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    observe((x * w.unsqueeze(-2)).sum(-1), noise.unsqueeze(-1), y)
+    observe((x * w.unsqueeze(-2)).sum(-1), noise, y)
 
 
 def plated_weights(x: Tensor, y: Tensor | None = None) -> None:

@@ -1,8 +1,8 @@
 r"""SWAG: a Gaussian from the moments of SGD's iterates at a constant step size.
 
-After a first phase that finds a solution, SGD goes on at a constant step size. Snapshots :math:`\theta_i` (one an epoch)
-give running moments; their deviations :math:`\theta_i - \bar\theta_i` from the running mean that includes them, of
-which the last K are kept, are the columns of D:
+After a first phase that finds a solution, SGD goes on at a constant step size. Snapshots :math:`\theta_i`, one an
+epoch, give running moments; their deviations :math:`\theta_i - \bar\theta_i` from the running mean that includes them,
+of which the last K are kept, are the columns of D:
 
 .. math:: q(\theta) = N\left(\bar\theta,\; \tfrac12 \mathrm{diag}(v) + \tfrac{1}{2(K-1)} D D^\top\right), \qquad
           v = \overline{\theta^2} - \bar\theta^2
@@ -41,6 +41,9 @@ _SMALLEST_VARIANCE = 1e-30
 class SWAG(Backend):
     """Stochastic weight averaging, Gaussian.
 
+    The default step sizes were tried on a gap in one dimension (1-50-1, tanh and ReLU) and on UCI energy and yacht
+    (8-50-1 and 6-50-1 tanh), standardised, with learnt noise.
+
     Attributes:
         num_steps: Steps of both phases together, >= 2.
         start: Share of the steps before the first snapshot, in (0, 1).
@@ -58,7 +61,7 @@ class SWAG(Backend):
     num_steps: int = 4000
     start: float = 0.5
     step_size: float = 1e-2
-    averaging_step_size: float = 1e-2
+    averaging_step_size: float = 1e-3
     batch_size: int | None = None
     optimiser: OptimiserName = "sgd"
     momentum: float = 0.9

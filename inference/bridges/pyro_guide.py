@@ -15,6 +15,7 @@ import pyro
 import pyro.infer.autoguide
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.backend import Backend, Run, check_integer, check_positive
@@ -54,6 +55,8 @@ class PyroGuideVI(Backend):
         check_positive(self, "step_size")
         if isinstance(self.guide, str) and not hasattr(pyro.infer.autoguide, self.guide):
             raise ValueError(f"pyro.infer.autoguide has no {self.guide!r}; known: {', '.join(_guides())}")
+        if not isinstance(self.guide, str) and not callable(self.guide):
+            raise ValueError(f"`guide` must be the name of an autoguide or a callable, got {self.guide!r}")
         name = getattr(self.guide, "__name__", "")
         if getattr(pyro.infer.autoguide, name, None) is self.guide:
             object.__setattr__(self, "guide", name)  # so that the repr re-creates it
@@ -72,15 +75,14 @@ class PyroGuideVI(Backend):
             NonFiniteError: If the ELBO stops being finite.
         """
         start = target.unravel(target.initial(1, run.seed, run.init)[0])
-        with isolated(target.dtype):
+        with isolated(target.dtype, target.device, run.seed):
             pyro.clear_param_store()
-            pyro.set_rng_seed(run.seed % 2**32)
             model = conditioned_model(target)
             guide = self._make(poutine.block(model, hide=[]), start)
             decay = 0.1 ** (1 / self.num_steps)
             optimiser = pyro.optim.ClippedAdam({"lr": self.step_size, "lrd": decay})
             elbo = pyro.infer.Trace_ELBO(num_particles=self.num_particles)
-            svi = pyro.infer.SVI(model, guide, optimiser, elbo)
+            svi = pyro.infer.SVI(model, guide, optimiser, elbo.loss, loss_and_grads=_gradients_of_guide(elbo))
             with run.bar(self.num_steps, "PyroGuideVI") as bar:
                 for step in range(self.num_steps):
                     loss = float(svi.step(target.x, target.y))
@@ -113,7 +115,24 @@ def conditioned_model(target: Target) -> Any:
     free = {s.name for s in target.sites}
     fixed = target.at if target.at is not None else torch.zeros(target.full_dim, dtype=target.dtype)
     values = {s.name: s.constrain(fixed[s.start : s.stop]) for s in target.all_sites if s.name not in free}
-    return poutine.condition(target.model, data=values) if values else target.model
+    return _ConstantParameters()(poutine.condition(target.model, data=values))
+
+
+class _ConstantParameters(Messenger):
+    """Keeps a module's plain parameters, which are constants here, out of the parameter store and of SVI's reach."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        msg["value"], msg["done"], msg["stop"] = msg["args"][1].detach(), True, True
+
+
+def _gradients_of_guide(elbo: Any) -> Callable[..., float]:
+    # SVI's own backward pass would leave gradients in every tensor that the model closes over.
+    def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward(inputs=[value for _, value in pyro.get_param_store().named_parameters()])
+        return float(loss)
+
+    return loss_and_grads
 
 
 def _guides() -> list[str]:

@@ -52,6 +52,8 @@ class PyroMCMC(Backend):
         check_integer(self, "warmup_steps", minimum=0)
         if isinstance(self.kernel, str) and not hasattr(pyro.infer.mcmc, self.kernel):
             raise ValueError(f"pyro.infer.mcmc has no {self.kernel!r}; try 'NUTS', 'HMC' or 'RandomWalkKernel'")
+        if not isinstance(self.kernel, str) and not callable(self.kernel):
+            raise ValueError(f"`kernel` must be the name of a kernel or a callable, got {self.kernel!r}")
         name = getattr(self.kernel, "__name__", "")
         if getattr(pyro.infer.mcmc, name, None) is self.kernel:
             object.__setattr__(self, "kernel", name)  # so that the repr re-creates it
@@ -89,11 +91,11 @@ class PyroMCMC(Backend):
             calls += 1
             return model(x, y)
 
-        with isolated(target.dtype):
-            pyro.set_rng_seed(seed % 2**32)
+        with isolated(target.dtype, target.device, seed):
             model = conditioned_model(target)
+            kernel = make(counted, **self.options)
             mcmc = pyro.infer.MCMC(
-                make(counted, **self.options),
+                kernel,
                 num_samples=self.num_samples,
                 warmup_steps=self.warmup_steps,
                 initial_params=initial,
@@ -101,7 +103,8 @@ class PyroMCMC(Backend):
             )
             mcmc.run(target.x, target.y)
             samples = mcmc.get_samples()
-            divergences = mcmc.diagnostics().get("divergences", {})
+            # Not mcmc.diagnostics(), whose effective sample sizes fail on a single draw.
+            divergences = kernel.diagnostics().get("divergences", [])
         run.count(calls)
         draws = target.ravel({s.name: samples[s.name] for s in target.sites})
-        return draws, sum(len(v) for v in divergences.values())
+        return draws, len(divergences)

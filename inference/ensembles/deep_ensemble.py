@@ -64,7 +64,7 @@ class DeepEnsemble(Backend):
     prior: bool = True
     adversarial_epsilon: float | None = None
 
-    family: ClassVar[str] = "ensemble"
+    family: ClassVar[str] = "ensembles"
     bias: ClassVar[str] = "members are separate modes: no spread within a mode, none at all on convex problems"
     reference: ClassVar[str] = "Lakshminarayanan et al. 2017"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
@@ -122,7 +122,7 @@ def _adversarial(target: Target, loss: Loss, epsilon: float) -> Loss:
     x = target.x
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(
-            "`adversarial_epsilon` needs x to be one float tensor; set it to None for dict, tuple or integer inputs"
+            "`adversarial_epsilon` needs one float tensor x; set it to None for dict, tuple or integer inputs"
         )
     reach = epsilon * (x.amax(0) - x.amin(0))
 

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,74 +19,12 @@ from torch import Tensor
 from inference.errors import NonFiniteError
 from inference.graph import CompileOption
 from inference.mcmc.adaptation import DualAveraging, stan_windows
-from inference.mcmc.integrators import (
-    GRADIENT,
-    MOMENTUM,
-    MOMENTUM_SUM,
-    POSITION,
-    LeapfrogProgram,
-    LogDensity,
-    leapfrog_program,
-)
+from inference.mcmc.integrators import GRADIENT, POSITION, LeapfrogProgram, LogDensity, leapfrog_program
+from inference.mcmc.lanes import Block, Kernel, Lane, Point, Scalars, Transition
 from inference.mcmc.metrics import CovarianceEstimator, MassMatrix, Metric
 
-# What a chain is sent after each leapfrog: log density, kinetic energy, U-turn bits.
-Scalars = Sequence[float]
-# Energy error in nats beyond which a trajectory has diverged.
-DIVERGENCE = 1000.0
-_UNIFORMS = 256
 # Recording a smaller graph takes about as long as this many leapfrogs of a small network.
 _REGROUP_CALLS = 500
-
-
-@dataclass
-class Point:
-    """State of a chain between trajectories.
-
-    Attributes:
-        row: Position, momentum, gradient and momentum sum, (4, P); owned by the chain.
-        log_density: At the position, nats.
-    """
-
-    row: Tensor
-    log_density: float
-
-
-@dataclass(frozen=True)
-class Transition:
-    """What one trajectory did.
-
-    Attributes:
-        acceptance: Mean acceptance statistic along it, in [0, 1].
-        num_steps: Leapfrogs taken.
-        tree_depth: Completed doublings (NUTS; 0 elsewhere).
-        diverging: Whether the energy error exceeded 1000 nats.
-        energy: Hamiltonian of the new point, nats.
-    """
-
-    acceptance: float
-    num_steps: int
-    tree_depth: int
-    diverging: bool
-    energy: float
-
-
-class Kernel(Protocol):
-    """One trajectory of a chain; yields once per leapfrog."""
-
-    @property
-    def num_slots(self) -> int:
-        """Stored points per chain that the U-turn checks need."""
-        ...
-
-    @property
-    def expected_steps(self) -> int:
-        """A guess of the leapfrogs per trajectory."""
-        ...
-
-    def transition(self, lane: Lane, point: Point, step_size: float) -> Generator[None, Scalars, tuple[Point, Transition]]:
-        """Move a chain from ``point``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -109,111 +46,6 @@ class Schedule:
     adapt_step_size: bool
     target_accept: float
     mass_matrix: MassMatrix
-
-
-class Block:
-    """Lanes that advance together by one call.
-
-    Args:
-        program: One leapfrog of as many chains as there are lanes.
-        lanes: The chains.
-        rows: Their states, (4, C, P).
-    """
-
-    def __init__(self, program: LeapfrogProgram, lanes: Sequence[Lane], rows: Tensor) -> None:
-        self.program = program
-        self.lanes = list(lanes)
-        self.state = rows
-        self.pair = torch.zeros_like(rows[:2])
-        self.slots = rows.new_zeros(2, len(lanes), program.num_slots, rows.shape[2])
-        self.steps = [0.0] * len(lanes)
-        self._steps = rows.new_zeros(len(lanes))
-        self.steps_changed = True
-        self.inverse_mass = torch.stack([lane.metric.inverse_mass for lane in lanes])
-        for index, lane in enumerate(lanes):
-            lane.join(self, index)
-
-    def advance(self) -> list[list[float]]:
-        """One leapfrog of every lane; finished lanes stand still (their step size is 0)."""
-        if self.steps_changed:
-            self._steps = torch.tensor(self.steps, dtype=self.state.dtype, device=self.state.device)
-            self.steps_changed = False
-        self.state, self.pair, scalars = self.program(self.state, self._steps, self.inverse_mass, self.slots)
-        return scalars.tolist()
-
-
-class Lane:
-    """One chain's place in a block, its random stream and its metric.
-
-    Args:
-        chain: Number of the chain.
-        stream: The chain's own generator.
-        metric: Its mass matrix.
-    """
-
-    def __init__(self, chain: int, stream: torch.Generator, metric: Metric) -> None:
-        self.chain = chain
-        self.stream = stream
-        self.metric = metric
-        self.finished = False
-        self._uniforms: list[float] = []
-
-    def join(self, block: Block, index: int) -> None:
-        """Move into lane ``index`` of a block."""
-        self.block, self.index = block, index
-        self.slots = [block.slots[:, index, k] for k in range(block.slots.shape[2])]  # (2, P) each
-
-    def begin(self, row: Tensor, step_size: float) -> None:
-        """Continue from the state ``row`` (4, P) with a signed step size at the next leapfrog."""
-        block = self.block
-        block.state.select(1, self.index).copy_(row)
-        if block.steps[self.index] != step_size:
-            block.steps[self.index] = step_size
-            block.steps_changed = True
-
-    def state(self) -> Tensor:
-        """Copy of the state after the last leapfrog, (4, P)."""
-        return self.block.state.select(1, self.index).clone()
-
-    def velocity(self) -> Tensor:
-        """Copy of the velocity after the last leapfrog, (P,)."""
-        return self.block.pair[0, self.index].clone()
-
-    def momentum_sum(self) -> Tensor:
-        """View of the sum of momenta since the state was set, (P,)."""
-        return self.block.state[MOMENTUM_SUM, self.index]
-
-    def store(self, slot: int) -> None:
-        """Remember the last point in a slot, for later U-turn checks."""
-        self.slots[slot].copy_(self.block.pair.select(1, self.index))
-
-    def set_metric(self, metric: Metric) -> None:
-        """Change the mass matrix of this chain."""
-        self.metric = metric
-        self.block.inverse_mass[self.index] = metric.inverse_mass
-
-    def refresh(self, row: Tensor) -> tuple[Tensor, float]:
-        """Draw a new momentum into a state and clear its sum.
-
-        Args:
-            row: State (4, P), changed in place.
-
-        Returns:
-            Velocity (P,) and kinetic energy in nats.
-        """
-        noise = torch.randn(row.shape[1], generator=self.stream, dtype=row.dtype, device=row.device)
-        momentum = self.metric.momentum(noise)
-        velocity = self.metric.velocity(momentum)
-        row[MOMENTUM] = momentum
-        row[MOMENTUM_SUM] = 0.0
-        return velocity, 0.5 * float(torch.dot(momentum.double(), velocity.double()))
-
-    def uniform(self) -> float:
-        """A uniform number in (0, 1] from the chain's stream."""
-        if not self._uniforms:
-            drawn = torch.rand(_UNIFORMS, generator=self.stream, dtype=torch.float64, device=self.stream.device)
-            self._uniforms = (1.0 - drawn).tolist()
-        return self._uniforms.pop()
 
 
 @dataclass
@@ -294,9 +126,10 @@ def run_chain(
 
 
 def find_step_size(lane: Lane, point: Point, step_size: float) -> Generator[None, Scalars, float]:
-    """Double or halve the step size until one leapfrog's acceptance crosses 0.8.
+    """Double or halve the step size until one leapfrog's acceptance crosses 0.8; the accepted side is returned.
 
-    Source: hoffman2014nuts, algorithm 4, with Stan's threshold [recalled, not re-read].
+    Source: hoffman2014nuts, algorithm 4, with Stan's threshold [recalled, not re-read]. They return the last size
+    tried, which after doubling may lie far beyond stability.
 
     Args:
         lane: The chain.
@@ -321,13 +154,17 @@ def find_step_size(lane: Lane, point: Point, step_size: float) -> Generator[None
         # Not a number counts as too large a step.
         crossed = 1 if gain > math.log(0.8) and gain < math.inf else -1
         if direction not in (0, crossed):
-            return step_size
+            return step_size if crossed > 0 else 0.5 * step_size
         direction = crossed
         step_size *= 2.0**direction
         if not 1e-30 < step_size < 1e7:
             raise NonFiniteError(
                 f"chain {lane.chain}: no usable step size (reached {step_size:.1g}); the log density is "
-                + ("flat: is the posterior proper?" if direction > 0 else "not smooth at the starting point: pass `init`")
+                + (
+                    "flat: is the posterior proper?"
+                    if direction > 0
+                    else "not smooth at the starting point: pass `init`"
+                )
             )
 
 
@@ -370,7 +207,8 @@ class Ensemble:
         together: bool = True,
         observe: Observer = lambda transition, step_size: None,
     ) -> None:
-        self.log_density, self.data, self.compile = log_density, tuple(data), compile
+        self.log_density, self.data = log_density, tuple(data)
+        self.compile: CompileOption = compile
         self.kernel, self.schedule = kernel, schedule
         self.gradients = 0
         self.stopped: str | None = None
@@ -384,7 +222,8 @@ class Ensemble:
         groups = [self.lanes[i : i + size] for i in range(0, num, size)]
         self.blocks = [Block(program, group, starts.new_zeros(4, size, dim)) for group in groups]
         self.chains = [
-            run_chain(lane, starts[lane.chain], kernel, schedule, self.records[lane.chain], observe) for lane in self.lanes
+            run_chain(lane, starts[lane.chain], kernel, schedule, self.records[lane.chain], observe)
+            for lane in self.lanes
         ]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@ r"""What HMC and NUTS share: fields, the density they integrate, and what a fini
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,13 +13,16 @@ from torch.utils import _pytree as pytree
 
 from inference.backend import Backend, Bar, Run, check_integer, check_positive, stacked
 from inference.errors import ConvergenceWarning, DivergenceWarning, NonFiniteError
-from inference.mcmc.chains import Ensemble, Kernel, Observer, Record, Schedule, Transition
+from inference.graph import CompileOption
+from inference.mcmc.chains import Ensemble, Observer, Record, Schedule
+from inference.mcmc.lanes import Kernel, Transition
 from inference.mcmc.metrics import MASS_MATRICES
 from inference.posterior import DrawsPosterior
 from inference.target import Target
 
 # A dense mass matrix of each chain, its root and its estimate are held in memory.
 _DENSE_BYTES = 4 * 2**30
+_COMPILE_ABOVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class HamiltonianBackend(Backend):
     mass_matrix: Literal["diagonal", "dense", "identity"] = "diagonal"
     max_seconds: float | None = None
 
-    family: ClassVar[str] = "MCMC"
+    family: ClassVar[str] = "mcmc"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients", "full batch"})
     capabilities: ClassVar[frozenset[str]] = frozenset({"chains", "temperature"})
 
@@ -80,6 +84,8 @@ class HamiltonianBackend(Backend):
 
         Raises:
             NonFiniteError: If the log density is not finite at a starting point.
+            KeyboardInterrupt: If Ctrl-C came before every chain had a draw.
+            TimeoutError: If ``max_seconds`` passed before every chain had a draw.
         """
         self._check_memory(target)
         starts = target.initial(self.num_chains, run.seed, run.init)
@@ -93,7 +99,7 @@ class HamiltonianBackend(Backend):
                 self.kernel(),
                 self.schedule(),
                 data=data,
-                compile=self.compile,
+                compile=self._compile_option(),
                 together=stacked(target, self.num_chains, target.num_data),
                 observe=_figures(bar),
             )
@@ -115,17 +121,28 @@ class HamiltonianBackend(Backend):
             mass_matrix=self.mass_matrix,
         )
 
+    def _compile_option(self) -> CompileOption:
+        # The number of calls says nothing about a run that its time limit ends.
+        return (
+            False
+            if self.compile == "auto" and (self.max_seconds or math.inf) < _COMPILE_ABOVE_SECONDS
+            else self.compile
+        )
+
     def _posterior(self, target: Target, run: Run, ensemble: Ensemble) -> DrawsPosterior:
         records = ensemble.records
         num = min(len(r) for r in records)
         if ensemble.stopped is not None:
             if num == 0:
                 done = min(r.warmed_up for r in records)
-                raise KeyboardInterrupt(
+                error = KeyboardInterrupt if self.max_seconds is None else TimeoutError
+                raise error(
                     f"{ensemble.stopped} ended the run before every chain had a draw: the slowest had done {done} of "
                     f"{self.warmup_steps} warm-up iterations; allow more time or shorten `warmup_steps`"
                 )
-            run.warn(ConvergenceWarning, f"{ensemble.stopped} ended the run after {num} of {self.num_samples} draws a chain")
+            run.warn(
+                ConvergenceWarning, f"{ensemble.stopped} ended the run after {num} of {self.num_samples} draws a chain"
+            )
         stats = sample_stats(records, num)
         run.info.extra["step_size"] = [r.step_sizes[0] for r in records]
         run.info.extra["warmup_divergences"] = [r.warmup_divergences for r in records]
@@ -139,8 +156,8 @@ class HamiltonianBackend(Backend):
             total = stats["diverging"].numel()
             run.warn(
                 DivergenceWarning,
-                f"{diverging} of {total} draws diverged ({100 * diverging / total:.2g} %): the posterior has regions that "
-                "these draws miss; raise `target_accept` or reparametrise the model",
+                f"{diverging} of {total} draws diverged ({100 * diverging / total:.3g} %): the posterior has regions "
+                "that these draws miss; raise `target_accept` or reparametrise the model",
             )
 
     def _check_memory(self, target: Target) -> None:
@@ -201,13 +218,15 @@ def blame(target: Target, starts: Tensor) -> str:
     for chain, theta in enumerate(starts):
         if not torch.isfinite(target.log_prior(theta)):
             sites = target.unravel(theta)
-            odd = [s.name for s in target.sites if not torch.isfinite(sites[s.name]).all()] or [s.name for s in target.sites]
+            odd = [s.name for s in target.sites if not torch.isfinite(sites[s.name]).all()] or [
+                s.name for s in target.sites
+            ]
             return f"at the start of chain {chain} the prior is not finite (site {odd[0]!r}): {advice}"
         bad = torch.nonzero(~torch.isfinite(target.log_likelihood(theta))).flatten().tolist()
         if bad:
             return (
-                f"at the start of chain {chain} the likelihood of site {target.observed!r} is not finite at {len(bad)} data, "
-                f"the first at row {bad[0]}: check the data and the model there, or {advice}"
+                f"at the start of chain {chain} the likelihood of site {target.observed!r} is not finite at "
+                f"{len(bad)} data, the first at row {bad[0]}: check the data and the model there, or {advice}"
             )
     return f"log prior and log-likelihood are finite there, so it is the gradient: {advice}"
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from inference.backend import check_integer, check_positive
-from inference.mcmc.chains import DIVERGENCE, Kernel, Lane, Point, Scalars, Transition
 from inference.mcmc.hamiltonian import HamiltonianBackend
+from inference.mcmc.lanes import DIVERGENCE, Kernel, Lane, Point, Scalars, Transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class HMC(HamiltonianBackend):
     r"""Static Hamiltonian Monte Carlo.
 
     Attributes:
-        trajectory_length: Integration time :math:`\tau`; the number of leapfrogs is :math:`\lceil\tau/\epsilon\rceil`. The
-            default :math:`\pi/2` is a quarter period of a direction of unit scale, which an adapted mass matrix makes of
-            all; with mass "identity" choose :math:`\pi/2` times the prior's standard deviation.
+        trajectory_length: Integration time :math:`\tau`; the number of leapfrogs is :math:`\lceil\tau/\epsilon\rceil`.
+            The default :math:`\pi/2` is a quarter period of a direction of unit scale, which an adapted mass matrix
+            makes of all; with mass "identity" choose :math:`\pi/2` times the prior's standard deviation.
         num_leapfrogs: Fixed number of leapfrogs instead.
         jitter: Relative half-width of the uniform jitter of the length, in [0, 1).
         max_leapfrogs: Bound on the leapfrogs of one trajectory while the step size is still small.
@@ -42,7 +42,7 @@ class HMC(HamiltonianBackend):
     target_accept: float = 0.651
 
     bias: ClassVar[str] = "exact in the limit; may miss modes and mix slowly in weight space"
-    reference: ClassVar[str] = "neal2011mcmc"
+    reference: ClassVar[str] = "Neal 2011"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +65,10 @@ class HMCKernel:
     jitter: float
     max_leapfrogs: int
 
-    num_slots: ClassVar[int] = 0
+    @property
+    def num_slots(self) -> int:
+        """No stored points: the length is fixed."""
+        return 0
 
     @property
     def expected_steps(self) -> int:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from inference.backend import Run, check_integer
 from inference.errors import ConvergenceWarning
-from inference.mcmc.chains import DIVERGENCE, Kernel, Lane, Point, Scalars, Transition
 from inference.mcmc.hamiltonian import HamiltonianBackend
 from inference.mcmc.integrators import MOMENTUM, MOMENTUM_SUM
+from inference.mcmc.lanes import DIVERGENCE, Kernel, Lane, Point, Scalars, Transition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class NUTS(HamiltonianBackend):
     target_accept: float = 0.8
 
     bias: ClassVar[str] = "exact in the limit; may miss modes and mix slowly in weight space"
-    reference: ClassVar[str] = "hoffman2014nuts"
+    reference: ClassVar[str] = "Hoffman and Gelman 2014"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,8 @@ class NUTS(HamiltonianBackend):
             run.warn(
                 ConvergenceWarning,
                 f"{100 * share:.0f} % of the trajectories reached max_tree_depth={self.max_tree_depth} "
-                f"({2**self.max_tree_depth - 1} leapfrogs) without turning: draws are correlated; raise it or warm up longer",
+                f"({2**self.max_tree_depth - 1} leapfrogs) without turning: draws are correlated; raise it or "
+                "warm up longer",
             )
 
 
@@ -160,10 +161,10 @@ class NUTSKernel:
 def plan(leaf: int, levels: int) -> tuple[int, int]:
     """Which stored points a new point of a doubling is checked against, and where it is stored itself.
 
-    Leaf b ends one subtrajectory a..b of 2^k points for each of its k trailing one bits. Point a lives in the slot given
-    by the number of one bits of a/2: exactly the starts still in use have distinct numbers. The last point of each left
-    half lives in a slot of its own level, for the check from there to b; the check from a to the first point of the right
-    half happens when that point arrives.
+    Leaf b ends one subtrajectory a..b of 2^j points for each j up to the number of its trailing one bits. Point a lives
+    in the slot given by the number of one bits of a/2: the starts still in use have distinct numbers. The last point of
+    each left half lives in a slot of its own level, for the check from there to b; the check from a to the first point
+    of the right half happens when that point arrives.
 
     Args:
         leaf: Number of the new point within the doubling, from 0.

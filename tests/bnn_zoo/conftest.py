@@ -1,12 +1,18 @@
-"""Tests that need the whole data cache are collected only where `BNN_ZOO_DATA` says where it is."""
+"""Tests that need the whole data cache or a browser are collected only where there is one; the run says which are not."""
 
 import os
+import shutil
 
 import pytest
 
-collect_ignore = [] if os.environ.get("BNN_ZOO_DATA") else ["test_data_cache.py"]
+_MISSING = {}
+if not os.environ.get("BNN_ZOO_DATA"):
+    _MISSING["test_data_cache.py"] = "BNN_ZOO_DATA is not set"
+if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    _MISSING["test_browser.py"] = "chromium and chromedriver were not both found"
+collect_ignore = list(_MISSING)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for name in collect_ignore:
-        terminalreporter.write_line(f"not collected: tests/bnn_zoo/{name} (BNN_ZOO_DATA is not set)")
+    for name, reason in _MISSING.items():
+        terminalreporter.write_line(f"not collected: tests/bnn_zoo/{name} ({reason})")

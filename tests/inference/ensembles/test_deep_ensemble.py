@@ -38,7 +38,7 @@ def data(num: int = 40) -> tuple[Tensor, Tensor]:
 
 def test_members_of_a_convex_problem_all_coincide_with_the_map() -> None:
     x, y = data()
-    ensemble = DeepEnsemble(num_members=4, num_steps=1500, batch_size=None).fit(linear, x, y)
+    ensemble = DeepEnsemble(num_members=4, num_steps=1000, step_size=0.05, batch_size=None).fit(linear, x, y)
     mode = MAP(num_steps=200).fit(linear, x, y).draws[0, 0]
     assert ensemble.draws.shape == (1, 4, 3)
     torch.testing.assert_close(ensemble.draws[0], mode.expand(4, 3), rtol=0, atol=1e-5)
@@ -47,7 +47,9 @@ def test_members_of_a_convex_problem_all_coincide_with_the_map() -> None:
 
 def test_without_prior_a_convex_problem_ends_at_least_squares() -> None:
     x, y = data()
-    ensemble = DeepEnsemble(num_members=2, num_steps=1500, batch_size=None, prior=False).fit(linear, x, y)
+    ensemble = DeepEnsemble(num_members=2, num_steps=1000, step_size=0.05, batch_size=None, prior=False).fit(
+        linear, x, y
+    )
     expected = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
     torch.testing.assert_close(ensemble.draws[0], expected.expand(2, 3), rtol=0, atol=1e-5)
 
@@ -90,7 +92,7 @@ def test_heteroscedastic_likelihood_learns_where_the_noise_is() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.stack([torch.ones(600), torch.rand(600, generator=generator)], -1)
     y = torch.exp(-2 + 2 * x[:, 1]) * torch.randn(600, generator=generator)
-    posterior = DeepEnsemble(num_members=2, num_steps=800, batch_size=None).fit(heteroscedastic, x, y)
+    posterior = DeepEnsemble(num_members=2, num_steps=1000, step_size=0.1, batch_size=None).fit(heteroscedastic, x, y)
     log_scale = posterior.sample_sites(2)["w"][:, :, 1]  # (S, 2): intercept and slope; standard errors .06 and .1
     torch.testing.assert_close(log_scale, torch.tensor([-2.0, 2.0]).expand(2, 2), rtol=0, atol=0.3)
 

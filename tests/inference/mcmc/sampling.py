@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from inference.diagnostics import ess_mean
-from inference.mcmc.chains import Ensemble, Kernel, Schedule
+from inference.mcmc.chains import Ensemble, Schedule
 from inference.mcmc.hmc import HMCKernel
 from inference.mcmc.integrators import LogDensity
+from inference.mcmc.lanes import Kernel
 from inference.mcmc.nuts import NUTSKernel
 
 NUTS = NUTSKernel(max_tree_depth=10)
@@ -20,7 +21,9 @@ def streams(num: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(1000 * seed + c) for c in range(num)]
 
 
-def ensemble(log_density: LogDensity, starts: Tensor, kernel: Kernel = NUTS, seed: int = 0, **changes: object) -> Ensemble:
+def ensemble(
+    log_density: LogDensity, starts: Tensor, kernel: Kernel = NUTS, seed: int = 0, **changes: object
+) -> Ensemble:
     fields = {
         "num_samples": 300,
         "warmup_steps": 200,
@@ -34,7 +37,9 @@ def ensemble(log_density: LogDensity, starts: Tensor, kernel: Kernel = NUTS, see
     return Ensemble(log_density, starts, streams(starts.shape[0], seed), kernel, schedule, **options)  # type: ignore[arg-type]
 
 
-def draws_of(log_density: LogDensity, starts: Tensor, kernel: Kernel = NUTS, seed: int = 0, **changes: object) -> Tensor:
+def draws_of(
+    log_density: LogDensity, starts: Tensor, kernel: Kernel = NUTS, seed: int = 0, **changes: object
+) -> Tensor:
     running = ensemble(log_density, starts, kernel, seed, **changes)
     running.run()
     return torch.stack([r.draws for r in running.records])

@@ -84,7 +84,9 @@ def test_step_size_heuristic_finds_the_scale_of_the_posterior() -> None:
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_covariance_estimate_is_stans_regularised_one(dense: bool) -> None:
-    draws = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor([1.0, 10.0, 0.1, 3.0]))
+    draws = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.tensor([1.0, 10.0, 0.1, 3.0])
+    )
     estimator = CovarianceEstimator(dense, draws[0])
     for theta in draws:
         estimator.add(theta)

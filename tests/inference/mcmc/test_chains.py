@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from inference.errors import NonFiniteError
-from inference.mcmc.chains import Block, Transition
+from inference.mcmc.lanes import Block, Transition
 from tests.inference.mcmc.sampling import HMC, NUTS, CorrelatedGaussian, draws_of, ensemble, z_scores
 
 KERNELS = pytest.mark.parametrize("kernel", [NUTS, HMC], ids=["nuts", "hmc"])
@@ -155,7 +155,10 @@ def test_a_density_that_is_not_finite_later_is_a_divergence(kernel: object) -> N
 
 def test_chains_run_in_float32() -> None:
     running = ensemble(
-        lambda q: -0.5 * q.double().square().sum(), torch.zeros(8, 5, dtype=torch.float32), num_samples=150, warmup_steps=100
+        lambda q: -0.5 * q.double().square().sum(),
+        torch.zeros(8, 5, dtype=torch.float32),
+        num_samples=150,
+        warmup_steps=100,
     )
     running.run()
     draws = torch.stack([r.draws for r in running.records])

@@ -18,7 +18,9 @@ def value_and_grad(theta: Tensor) -> tuple[Tensor, Tensor]:
     return value, gradient
 
 
-def steps(position: Tensor, momentum: Tensor, step_size: float, num: int, inverse_mass: Tensor) -> tuple[Tensor, Tensor]:
+def steps(
+    position: Tensor, momentum: Tensor, step_size: float, num: int, inverse_mass: Tensor
+) -> tuple[Tensor, Tensor]:
     gradient = value_and_grad(position)[1]
     for _ in range(num):
         position, momentum, gradient, _ = leapfrog(
@@ -66,7 +68,9 @@ def test_leapfrog_conserves_the_modified_energy_of_an_oscillator(step_size: floa
     position, momentum, one = torch.tensor([1.0]), torch.tensor([0.5]), torch.ones(1)
     gradient, before = oscillator(position)[1], modified(position, momentum)
     for _ in range(1000):
-        position, momentum, gradient, _ = leapfrog(position, momentum, gradient, torch.tensor(step_size), one, oscillator)
+        position, momentum, gradient, _ = leapfrog(
+            position, momentum, gradient, torch.tensor(step_size), one, oscillator
+        )
         assert abs(modified(position, momentum) - before) < 1e-9 * max(1.0, before)
 
 
@@ -124,7 +128,9 @@ def test_program_steps_every_chain_like_the_plain_leapfrog() -> None:
         )
         expected = torch.stack([position, momentum, gradient, block[3, c] + momentum])
         torch.testing.assert_close(new[:, c], expected, rtol=0, atol=1e-12)
-        torch.testing.assert_close(pair[:, c], torch.stack([inverse_mass[c] * momentum, block[3, c]]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            pair[:, c], torch.stack([inverse_mass[c] * momentum, block[3, c]]), rtol=0, atol=1e-12
+        )
         kinetic = 0.5 * momentum @ (inverse_mass[c] * momentum)
         torch.testing.assert_close(scalars[c, :2], torch.stack([value, kinetic]), rtol=0, atol=1e-12)
     torch.testing.assert_close(new[0, 2], block[0, 2], rtol=0, atol=0)
@@ -150,7 +156,10 @@ def test_energies_are_float64_for_a_float32_chain() -> None:
     block = torch.randn(4, 2, 3, dtype=torch.float32)
     program = leapfrog_program(lambda q: -0.5 * q.double().square().sum(), block, torch.ones(2, 3, dtype=torch.float32))
     new, _, scalars = program(
-        block, torch.full((2,), 0.1, dtype=torch.float32), torch.ones(2, 3, dtype=torch.float32), block.new_zeros(2, 2, 0, 3)
+        block,
+        torch.full((2,), 0.1, dtype=torch.float32),
+        torch.ones(2, 3, dtype=torch.float32),
+        block.new_zeros(2, 2, 0, 3),
     )
     assert new.dtype == torch.float32
     assert scalars.dtype == torch.float64
