@@ -44,10 +44,10 @@ _BUSY_MULTIPLICATIONS = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Base of all backends: a frozen record of hyperparameters with one method, :meth:`fit`.
+    r"""Base of all backends: a frozen record of hyperparameters with one method, :meth:`fit`.
 
     Attributes:
-        temperature: T of the whole energy: samples :math:`p(\\theta|D)^{1/T}`; 1 is the posterior.
+        temperature: T of the whole energy: samples :math:`p(\theta|D)^{1/T}`; 1 is the posterior.
         likelihood_temperature: T of the likelihood alone; 1 is the posterior.
         compile: Put Inductor on the inner step: True, False, or "auto" (when the work ahead repays 2-20 s).
         progress: Show bars: True, False, or None (on a terminal only).
@@ -102,6 +102,9 @@ class Backend:
 
         Returns:
             The posterior.
+
+        Raises:
+            ValueError: If ``seed`` or ``init`` is unusable.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}")

@@ -37,7 +37,8 @@ class Diagnosis:
         ess_tail_functions: Tail effective sample size at the probe inputs.
         divergences: Number of divergent draws.
         depth_saturated: Share of draws at the largest tree depth seen, when that is the limit.
-        khat: Pareto tail index of the importance ratios p/q; below 0.7 the approximation can be corrected.
+        khat: Pareto tail index of the importance ratios p/q; below 0.7 the approximation can be corrected;
+            minus infinity where the ratios have no tail.
         warnings: What to worry about, in words with numbers.
     """
 
@@ -100,7 +101,7 @@ def diagnose(posterior: Posterior, x: Any = None) -> Diagnosis:
         _examine_chains(posterior, x, found)
     if posterior.has_log_density:
         found.khat = pareto_khat(posterior)
-        if math.isinf(found.khat):
+        if found.khat == math.inf:
             found.warnings.append(
                 "k-hat cannot be computed: the model's density is not finite where the approximation has mass"
             )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from inference.diagnosis import Diagnosis
 
 _WITH_DENSITY = "MeanFieldVI, DenseLaplace, DiagonalLaplace and SWAG"
-_WITH_EVIDENCE = "DenseLaplace and DiagonalLaplace (and MeanFieldVI as a lower bound)"
+_WITH_EVIDENCE = "DenseLaplace and DiagonalLaplace (and MeanFieldVI and PyroGuideVI as a lower bound)"
 
 
 class Posterior(ABC):

@@ -95,7 +95,13 @@ def backend_table() -> str:
     rows = ["| backend | on the command line | needs | gives | bias to expect | source |", "|---|---|---|---|---|---|"]
     for entry in BACKENDS.values():
         needs, gives = ", ".join(sorted(entry.needs)), ", ".join(sorted(entry.capabilities)).replace("_", " ")
-        rows.append(
-            f"| `{entry.cls.__name__}` | `{entry.name}` | {needs} | {gives or 'predictions'} | {entry.bias} | {entry.reference} |"
+        cells = (
+            f"`{entry.cls.__name__}`",
+            f"`{entry.name}`",
+            needs,
+            gives or "predictions",
+            entry.bias,
+            entry.reference,
         )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

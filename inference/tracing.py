@@ -6,8 +6,6 @@ state is changed.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,17 +13,25 @@ from typing import Any
 from unittest import mock
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
-from torch import Tensor, nn
-from torch.distributions import constraints
+from torch import Tensor
 
 from inference.data import Tree, num_data
 from inference.errors import UnsupportedModelError
-from inference.observation import bijection, is_discrete, unwrap
+from inference.observation import bijection
+from inference.refusals import (
+    find_observed,
+    is_deterministic,
+    is_factor,
+    is_latent,
+    is_plate,
+    refuse_changes,
+    refuse_messages,
+    refuse_mutating_modules,
+)
 
 Model = Callable[..., Any]
 
@@ -116,7 +122,7 @@ class _Recorder(Messenger):
             # a placeholder, so that nothing is drawn
             msg["value"] = torch.zeros(msg["fn"].shape(), device=self.device)
             msg["done"] = True
-        elif self.values is None and _is_latent(msg) and msg["value"] is None:
+        elif self.values is None and is_latent(msg) and msg["value"] is None:
             # priors written in another dtype than the data's (PyroSample on a float32 module) must not clash with x
             value = msg["fn"](*msg["args"], **msg["kwargs"])
             msg["value"] = value.to(torch.get_default_dtype()) if value.is_floating_point() else value
@@ -198,16 +204,16 @@ class TracedModel:
         self.device = y.device
         self.num_data = num_data(x)
         self.data_plate: str | None = None
-        _refuse_mutating_modules(model)
+        refuse_mutating_modules(model)
         with isolated(dtype, self.device), torch.no_grad():
             first = self._record(None, None, x, y)
-            message = _find_observed(first)
+            message = find_observed(first)
             self.observed: str = message["name"]
             self.data_plate = _find_data_plate(message, self.num_data, y.dim())
-            _refuse_messages(first)
+            refuse_messages(first)
             first, second = self._record(None, None, x, y), self._record(None, None, x, y)
         self.sites = _find_sites(first, self.data_plate)
-        _refuse_changes(self.sites, _find_sites(second, self.data_plate))
+        refuse_changes(self.sites, _find_sites(second, self.data_plate))
 
     @property
     def local_sites(self) -> list[str]:
@@ -287,7 +293,7 @@ class TracedModel:
 
     def _check_sites(self, messages: list[dict[str, Any]]) -> None:
         expected = {s.name for s in self.sites}
-        found = {m["name"] for m in messages if _is_latent(m)} - {self.observed}
+        found = {m["name"] for m in messages if is_latent(m)} - {self.observed}
         if found != expected:
             raise UnsupportedModelError(
                 f"the model's sites change between runs: site {min(found ^ expected)!r} is not in all of them; "
@@ -314,7 +320,7 @@ def _terms(messages: list[dict[str, Any]], traced: TracedModel, batch: int, *, w
     fn = None
     latent = {s.name for s in traced.sites}
     for msg in messages:
-        if msg["type"] != "sample" or _is_plate(msg) or _is_deterministic(msg):
+        if msg["type"] != "sample" or is_plate(msg) or is_deterministic(msg):
             continue
         frame = _data_frame(msg, traced.data_plate)
         if msg["name"] in latent:
@@ -323,7 +329,7 @@ def _terms(messages: list[dict[str, Any]], traced: TracedModel, batch: int, *, w
             fn = _per_datum(msg, frame)
             if with_data:
                 log_likelihood = log_likelihood + _sum_to_batch(_log_prob(msg), frame, batch)
-        elif _is_factor(msg):
+        elif is_factor(msg):
             if frame is None:
                 log_prior = log_prior + _log_prob(msg).sum()
             else:
@@ -373,107 +379,11 @@ def _find_data_plate(message: dict[str, Any], batch: int, target_dim: int) -> st
     return (first or named or sized)[0].name
 
 
-def _is_latent(msg: dict[str, Any]) -> bool:
-    return msg["type"] == "sample" and not msg["is_observed"] and not _is_plate(msg)
-
-
-def _is_plate(msg: dict[str, Any]) -> bool:
-    return type(msg["fn"]).__name__ == "_Subsample"
-
-
-def _is_deterministic(msg: dict[str, Any]) -> bool:
-    return bool(msg["infer"].get("_deterministic"))
-
-
-def _is_factor(msg: dict[str, Any]) -> bool:
-    return isinstance(unwrap(msg["fn"])[0], dist.Unit)
-
-
-def _find_observed(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    found = [
-        m
-        for m in messages
-        if m["type"] == "sample" and m["is_observed"] and not (_is_plate(m) or _is_deterministic(m) or _is_factor(m))
-    ]
-    if not found:
-        raise UnsupportedModelError(
-            "the model has no observed site: it needs one `pyro.sample(name, distribution, obs=y)` inside "
-            '`pyro.plate("data", len(x))`, reached when y is given'
-        )
-    if len(found) > 1:
-        raise UnsupportedModelError(
-            f"the model has {len(found)} observed sites ({', '.join(repr(m['name']) for m in found)}); one is "
-            "supported: join the targets "
-            "in one distribution with `.to_event`, or move the others into a `pyro.factor`"
-        )
-    return found[0]
-
-
-def _refuse_messages(messages: list[dict[str, Any]]) -> None:
-    for msg in messages:
-        if msg["type"] == "param" and not isinstance(msg["value"], nn.Parameter):
-            raise UnsupportedModelError(
-                f"site {msg['name']!r} is a `pyro.param`, which has no prior; give it one with `pyro.sample`, or "
-                "pass the value "
-                "in as a constant"
-            )
-        if _is_latent(msg) and isinstance(unwrap(msg["fn"])[0], dist.Delta):
-            raise UnsupportedModelError(
-                f"latent site {msg['name']!r} is a Delta, which has no density; use `pyro.deterministic` or a "
-                "plain tensor"
-            )
-        if _is_latent(msg) and is_discrete(msg["fn"].support):
-            raise UnsupportedModelError(
-                f"latent site {msg['name']!r} is discrete ({type(unwrap(msg['fn'])[0]).__name__}); sum it out, "
-                "for instance with "
-                "dist.MixtureSameFamily"
-            )
-
-
-def _refuse_mutating_modules(model: Model) -> None:
-    for name, module in _reachable_modules(model):
-        kind = type(module).__name__
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if module.training and (batch_norm or dropout):
-            raise UnsupportedModelError(
-                f"module {name!r} ({kind}) is in training mode, where the likelihood of one datum depends on the batch "
-                "or on chance; call `.eval()` on the network first"
-            )
-        if batch_norm and module.running_mean is None:
-            raise UnsupportedModelError(
-                f"module {name!r} ({kind}) has no running statistics, so the likelihood of one datum depends on "
-                "the batch; "
-                "use track_running_stats=True or another normalisation"
-            )
-
-
-def _reachable_modules(model: Model) -> list[tuple[str, nn.Module]]:
-    """Modules that a model is, holds, or reads from its closure and globals, with their names."""
-    roots: dict[str, Any] = {"": model}
-    while isinstance(model, functools.partial):
-        roots |= {str(i): a for i, a in enumerate(model.args)} | model.keywords
-        model = model.func
-    if inspect.ismethod(model):
-        roots |= {"self": model.__self__} | vars(model.__self__) if hasattr(model.__self__, "__dict__") else {}
-        model = model.__func__
-    if inspect.isfunction(model):
-        seen = inspect.getclosurevars(model)
-        roots |= {**seen.globals, **seen.nonlocals}
-    elif not isinstance(model, nn.Module) and hasattr(model, "__dict__"):
-        roots |= vars(model)
-    found = []
-    for name, root in roots.items():
-        if isinstance(root, nn.Module):
-            found += [(".".join(filter(None, (name, inner))), m) for inner, m in root.named_modules()]
-    return found
-
-
 def _find_sites(messages: list[dict[str, Any]], data_plate: str | None) -> tuple[Site, ...]:
     sites: list[Site] = []
     start = 0
     for msg in messages:
-        if not _is_latent(msg):
+        if not is_latent(msg):
             continue
         fn, value = msg["fn"], msg["value"]
         try:
@@ -492,35 +402,3 @@ def _find_sites(messages: list[dict[str, Any]], data_plate: str | None) -> tuple
     if not sites:
         raise UnsupportedModelError("the model has no latent site: nothing has a prior, so there is nothing to infer")
     return tuple(sites)
-
-
-def _refuse_changes(first: tuple[Site, ...], second: tuple[Site, ...]) -> None:
-    names, again = [s.name for s in first], [s.name for s in second]
-    if names != again:
-        odd = sorted(set(names) ^ set(again)) or [a for a, b in zip(names, again, strict=False) if a != b]
-        raise UnsupportedModelError(
-            f"the model's sites change between runs (first at {odd[0]!r}); every run must have the same sites in "
-            "the same order"
-        )
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            raise UnsupportedModelError(f"site {a.name!r} changes shape between runs: {a.shape}, then {b.shape}")
-        if not _same_support(a.support, b.support):
-            raise UnsupportedModelError(
-                f"the support of site {a.name!r} depends on other random values ({a.support}, then {b.support}); "
-                "sample a site "
-                "with a fixed support and transform it with ordinary tensor operations"
-            )
-
-
-def _same_support(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    for name, left in vars(a).items():
-        right = getattr(b, name, None)
-        if isinstance(left, Tensor):
-            if not isinstance(right, Tensor) or left.shape != right.shape or not torch.equal(left, right):
-                return False
-        elif isinstance(left, constraints.Constraint) and not _same_support(left, right):
-            return False
-    return True

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import inference
 from inference import BACKENDS, CapabilityError, Posterior, Subset, UnsupportedModelError, compile_target
-from inference.posterior import DrawsPosterior
+from inference.posterior import DrawsPosterior, GaussianPosterior
+from inference.storage import FILE_NAME
 from tests.budgets import CHEAP, SMALLEST, cheap
 from tests.cases import CASES, Case, N, X, Y
 from tests.tolerances import z_limit
@@ -33,23 +34,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 NAMES = list(BACKENDS)
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
-# One of each: a module, plates, constrained sites, dict and integer inputs, each kind of target, P = 1, N = 1.
-SELECTED = [
-    "pyro_module",
-    "plated_weights",
-    "simplex",
-    "hierarchical",
-    "dict_inputs",
-    "tuple_inputs",
-    "categorical",
-    "poisson",
-    "two_outputs",
-    "embedding",
-    "one_number",
-    "one_datum",
-]
+# A module, a simplex, a hierarchical scale, labels, vector targets, P = 1, N = 1; the others run with the slow tests.
+SELECTED = ["pyro_module", "simplex", "hierarchical", "categorical", "two_outputs", "one_number", "one_datum"]
 MAIN = BY_NAME["broadcasting"]  # a vector site, a positive scalar site, and extra dimensions pass through
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @functools.cache
@@ -92,7 +80,7 @@ def test_every_backend_has_a_cheap_budget():
     assert set(CHEAP) == set(SMALLEST) == set(BACKENDS)
 
 
-# -- fits ----------------------------------------------------------------------------------------------------------------
+# -- fits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", SELECTED)
@@ -142,60 +130,49 @@ def test_a_backend_asked_for_the_least_still_fits_predicts_and_exports(name):
     assert str(posterior.diagnose())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_dtype_of_the_data_is_the_dtype_of_everything(name, dtype):
-    posterior = cheap(name).fit(MAIN.model(), X.to(dtype), Y.to(dtype))
-    assert posterior.mean_theta.dtype == dtype
-    assert posterior.sample(2).dtype == dtype
-    prediction = posterior.predict(X.to(dtype), num_samples=2)
-    assert prediction.mean.dtype == prediction.stddev.dtype == dtype
+def test_dtype_and_device_of_the_data_are_those_of_everything(name, device):
+    x, y = X.to(device, torch.float32), Y.to(device, torch.float32)
+    posterior = cheap(name).fit(MAIN.model(), x, y)
+    assert posterior.mean_theta.dtype == posterior.sample(2).dtype == torch.float32
+    assert posterior.sample(2).device.type == device
+    prediction = posterior.predict(x, num_samples=2)
+    assert prediction.mean.dtype == prediction.stddev.dtype == torch.float32
+    assert prediction.mean.device.type == device
     assert torch.get_default_dtype() == torch.float64
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_device_of_the_data_is_the_device_of_everything(name):
-    posterior = cheap(name).fit(MAIN.model(), X.to(DEVICE), Y.to(DEVICE))
-    assert posterior.sample(2).device.type == DEVICE
-    assert posterior.predict(X.to(DEVICE), num_samples=2).mean.device.type == DEVICE
-
-
-# -- randomness and side effects -----------------------------------------------------------------------------------------
+# -- randomness and side effects ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_seed_gives_the_same_draws_and_another_seed_others(name):
-    first, same, other = fitted(name), fit_main(name), fitted(name, seed=1)
-    assert torch.equal(thetas(first), thetas(same))
-    assert not torch.isclose(thetas(first), thetas(other)).any(1).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fitting_and_using_a_posterior_leave_all_global_random_states_alone(name):
+def test_the_same_seed_gives_the_same_draws_whatever_the_global_state_which_stays(name):
+    expected = thetas(fitted(name))
+    mine = pyro.param("mine", torch.tensor(2.0))
+    torch.manual_seed(77)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     posterior = fit_main(name)
-    posterior.sample(3)
+    assert torch.equal(thetas(posterior), expected)
     posterior.predict(X, num_samples=3).sample(2)
     posterior.to_arviz(num_samples=4)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.array_equal(np.random.get_state()[1], before[2])  # noqa: NPY002
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fitting_leaves_pyros_parameter_store_and_settings_alone(name):
-    mine = pyro.param("mine", torch.tensor(2.0))
-    fit_main(name)
     assert list(pyro.get_param_store().keys()) == ["mine"]
     assert pyro.param("mine") is mine
-    assert pyro.settings.get("validate_distributions_pyro")
     assert torch.distributions.Distribution._validate_args
 
 
-@pytest.mark.parametrize("case", ["pyro_module", "frozen_features"])
 @pytest.mark.parametrize("name", NAMES)
-def test_fitting_leaves_the_model_alone(name, case):
-    model = BY_NAME[case].model(1).train()
+def test_another_seed_gives_other_draws(name):
+    other = cheap(name).fit_to(target_of(MAIN.name), seed=1)
+    assert not torch.isclose(thetas(fitted(name)), thetas(other)).all(1).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fitting_leaves_the_model_alone(name):
+    model = BY_NAME["frozen_features"].model(1).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modules = dict(model.named_modules())
     posterior = cheap(name).fit(model, X, Y)
@@ -208,7 +185,7 @@ def test_fitting_leaves_the_model_alone(name, case):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-# -- as a Pyro guide -----------------------------------------------------------------------------------------------------
+# -- as a Pyro guide ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -222,27 +199,23 @@ def test_parallel_predictive_gives_distinct_draws(name):
     assert found["y"].reshape(num, N).isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["broadcasting", "pyro_module", "dict_inputs", "plated_weights"])
 @pytest.mark.parametrize("name", NAMES)
-def test_sequential_predictive_draws_from_the_posterior(name, case):
-    posterior = fitted(name, case)
-    chosen = BY_NAME[case]
-    site = posterior.target.sites[0].name
-    found = Predictive(chosen.model(), guide=posterior, num_samples=6, return_sites=(site, "y"))(chosen.x)
+def test_sequential_predictive_draws_from_the_posterior(name):
+    posterior, chosen = fitted(name, "dict_inputs"), BY_NAME["dict_inputs"]
+    found = Predictive(chosen.model(), guide=posterior, num_samples=6, return_sites=("w", "table", "y"))(chosen.x)
     assert found["y"].shape == (6, N)
-    assert found[site].shape == (6, *posterior.target.sites[0].shape)
+    drawn = torch.cat([found["w"].reshape(6, 3), found["table"].reshape(6, 3)], -1)  # Pyro adds a dimension per plate
     if isinstance(posterior, DrawsPosterior):
-        known = posterior.target.unravel(thetas(posterior))[site]
-        assert all((known == value).flatten(1).all(1).any() for value in found[site])
+        assert all((thetas(posterior) == value).all(1).any() for value in drawn)
     else:
-        assert num_distinct(found[site]) == 6
+        assert num_distinct(drawn) == 6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_predict_agrees_with_pyros_predictive(name):
-    # A linearised prediction is another predictive by design: the one from draws is compared.
-    changes = {"predictive": "sampled"} if "predictive" in BACKENDS[name].cls.field_names() else {}
-    posterior = fit_main(name, **changes)
+    posterior = fitted(name)
+    if isinstance(posterior, GaussianPosterior):  # a linearised prediction is another one by design
+        posterior = GaussianPosterior(posterior.target, posterior.gaussian, backend=posterior.backend)
     num = 2000
     draws = Predictive(MAIN.model(), guide=posterior, num_samples=num, parallel=True)(X)["y"].reshape(num, N)
     prediction = posterior.predict(X, num_samples=None if isinstance(posterior, DrawsPosterior) else num)
@@ -252,27 +225,26 @@ def test_predict_agrees_with_pyros_predictive(name):
         assert z.abs().max() < z_limit(3 * N)
 
 
-# -- reports -------------------------------------------------------------------------------------------------------------
+# -- reports ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_to_arviz_has_all_groups_with_named_dimensions(name):
-    posterior = fitted(name, "two_outputs")
+    posterior = fitted(name)
     data = posterior.to_arviz(num_samples=5)
     groups = {"posterior", "posterior_predictive", "prior", "log_likelihood", "observed_data", "sample_stats"}
     assert groups <= set(data.groups())
-    assert data.posterior["w"].dims == ("chain", "draw", "w_dim_0", "w_dim_1")
-    assert data.posterior["noise"].dims == ("chain", "draw", "noise_dim_0")
-    assert data.log_likelihood["y"].dims == ("chain", "draw", "obs_id")
-    assert data.posterior_predictive["y"].dims == ("chain", "draw", "obs_id", "y_dim_0")
-    assert data.observed_data["y"].dims == ("obs_id", "y_dim_0")
-    assert np.array_equal(data.observed_data["y"], posterior.target.y.cpu())
+    assert data.posterior["w"].dims == ("chain", "draw", "w_dim_0")
+    assert data.posterior["noise"].dims == ("chain", "draw")
+    assert data.log_likelihood["y"].dims == data.posterior_predictive["y"].dims == ("chain", "draw", "obs_id")
+    assert data.observed_data["y"].dims == ("obs_id",)
+    assert np.array_equal(data.observed_data["y"], Y)
     if "chains" in BACKENDS[name].capabilities:
         assert dict(data.posterior.sizes)["chain"] == 2
         assert np.array_equal(data.posterior["w"], posterior.target.unravel(posterior.draws)["w"])
     else:
         assert dict(data.posterior.sizes)["chain"] == 1
-    assert data.posterior.attrs["backend"] == repr(posterior.backend)
+    assert data.attrs["backend"] == repr(posterior.backend)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -282,11 +254,9 @@ def test_the_diagnosis_names_the_backend_and_prints(name):
     assert diagnosis.backend in str(diagnosis)
 
 
-@pytest.mark.parametrize("case", ["broadcasting", "dict_inputs"])
 @pytest.mark.parametrize("name", NAMES)
-def test_saving_is_exact_and_both_objects_go_on_working(name, case, tmp_path):
-    chosen = BY_NAME[case]
-    posterior = fitted(name, case)
+def test_saving_is_exact_and_both_objects_go_on_working(name, tmp_path):
+    posterior, chosen = fitted(name, "dict_inputs"), BY_NAME["dict_inputs"]
     expected = thetas(posterior), posterior.predict(chosen.x, num_samples=4).mean
     posterior.save(tmp_path)
     loaded = inference.load(tmp_path, chosen.model())
@@ -299,42 +269,39 @@ def test_saving_is_exact_and_both_objects_go_on_working(name, case, tmp_path):
     assert loaded.info == posterior.info
     assert loaded.log_evidence_or_none == posterior.log_evidence_or_none
     loaded.save(tmp_path / "again")
-    assert torch.equal(thetas(inference.load(tmp_path / "again", chosen.model())), expected[0])
+    assert (tmp_path / "again" / FILE_NAME).read_bytes() == (tmp_path / FILE_NAME).read_bytes()
 
 
-# -- starting points and parts -------------------------------------------------------------------------------------------
+# -- starting points and parts ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_posterior_a_dict_and_a_tensor_are_accepted_as_starting_points(name):
+def test_a_posterior_a_dict_and_a_tensor_are_the_same_starting_point(name):
     target = target_of(MAIN.name)
-    sites = {"w": torch.zeros(3), "noise": torch.tensor(0.5)}
+    sites = {"w": torch.tensor([0.1, -0.2, 0.3]), "noise": torch.tensor(0.5)}
+    point = target.ravel(sites)
     backend = cheap(name, **SMALLEST[name])
-    from_dict = backend.fit_to(target, init=sites)
-    from_tensor = backend.fit_to(target, init=target.ravel(sites))
-    assert torch.equal(thetas(from_dict), thetas(from_tensor))
-    from_posterior = backend.fit_to(target, init=fitted("map"))
-    assert torch.isfinite(thetas(from_posterior)).all()
-    assert not torch.equal(thetas(from_posterior), thetas(from_dict))
+    from_dict = thetas(backend.fit_to(target, init=sites))
+    held = DrawsPosterior(target, point[None, None], backend=None)
+    assert torch.equal(thetas(backend.fit_to(target, init=held)), from_dict)
+    assert torch.equal(target.initial(1, init=point)[0], point)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_subset_leaves_the_other_sites_at_the_point(name, tmp_path):
-    backend = Subset(cheap(name), sites="w", rest=cheap("map"))
-    posterior = backend.fit_to(target_of(MAIN.name))
+def test_a_subset_leaves_the_other_sites_at_the_point(name):
+    backend = Subset(cheap(name), sites="w", rest=None)
+    posterior = backend.fit_to(target_of(MAIN.name), init={"w": torch.zeros(3), "noise": torch.tensor(0.5)})
     sites = posterior.sample_sites(4)
     assert sites["w"].shape == (4, 3)
-    assert num_distinct(sites["noise"]) == 1
-    torch.testing.assert_close(sites["noise"][0], fitted("map").sample_sites(1)["noise"][0])
-    assert torch.isfinite(posterior.predict(X, num_samples=4).mean).all()
+    assert sites["w"].abs().max() > 0
+    torch.testing.assert_close(sites["noise"], torch.full((4,), 0.5))
+    prediction = posterior.predict(X, num_samples=4)
+    torch.testing.assert_close(prediction.aleatoric_variance, torch.full((N,), 0.25))
     assert posterior.backend == backend
-    posterior.save(tmp_path)
-    again = inference.load(tmp_path, MAIN.model())
-    assert torch.equal(again.sample(4), posterior.sample(4))
     assert eval(repr(backend), vars(inference)) == backend
 
 
-# -- capabilities --------------------------------------------------------------------------------------------------------
+# -- capabilities ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", with_capability("log_density"))
@@ -344,7 +311,9 @@ def test_the_log_density_is_that_of_the_draws(name):
     draws = posterior.sample(4000, seed=5)
     scale = posterior.gaussian.variance.sqrt()
     # E[exp(log r - log q)] = 1 for any normalised r with lighter tails, here q itself at half the width.
-    centred = (draws - posterior.mean_theta) @ torch.linalg.inv(torch.linalg.cholesky(posterior.gaussian.covariance())).T
+    centred = (draws - posterior.mean_theta) @ torch.linalg.inv(
+        torch.linalg.cholesky(posterior.gaussian.covariance())
+    ).T
     log_normal = -0.5 * centred.square().sum(-1) - 0.5 * posterior.target.dim * np.log(2 * np.pi)
     volume = torch.linalg.slogdet(posterior.gaussian.covariance())[1] / 2
     torch.testing.assert_close(posterior.log_density(draws), log_normal - volume, rtol=1e-6, atol=1e-6)
@@ -373,12 +342,12 @@ def test_a_backend_without_log_evidence_says_which_have_one(name):
     assert all(BACKENDS[other].cls.__name__ in str(caught.value) for other in with_capability("log_evidence"))
 
 
-@pytest.mark.parametrize("field", ["temperature", "likelihood_temperature"])
 @pytest.mark.parametrize("name", with_capability("temperature"))
-def test_a_temperature_reaches_the_target(name, field):
-    posterior = fit_main(name, **{field: 2.0})
-    assert getattr(posterior.target, field) == 2.0
+def test_both_temperatures_reach_the_target(name):
+    posterior = fit_main(name, temperature=2.0, likelihood_temperature=3.0)
+    assert (posterior.target.temperature, posterior.target.likelihood_temperature) == (2.0, 3.0)
     assert torch.isfinite(thetas(posterior)).all()
+    assert not torch.equal(thetas(posterior), thetas(fitted(name)))
 
 
 @pytest.mark.parametrize("field", ["temperature", "likelihood_temperature"])
@@ -403,7 +372,7 @@ def test_a_backend_without_chains_has_no_such_field(name):
         cheap(name, num_chains=2)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not isinstance(fitted.__wrapped__, str)])
+@pytest.mark.parametrize("name", NAMES)
 def test_draws_have_one_row_per_chain_or_the_error_names_alternatives(name):
     posterior = fitted(name)
     if isinstance(posterior, DrawsPosterior):
@@ -423,17 +392,19 @@ def test_minibatches_come_from_a_field_or_a_loader(name):
     by_loader = cheap(name, batch_size=None).fit(MAIN.model(), loader(4))
     assert by_field.target.num_data == by_loader.target.num_data == N
     assert torch.equal(thetas(by_field), thetas(by_loader))
-    assert by_field.info.gradients < cheap(name, batch_size=N).fit_to(target_of(MAIN.name)).info.gradients
 
 
 @pytest.mark.parametrize("name", without_capability("minibatches"))
 def test_a_backend_without_minibatches_has_no_such_field_and_takes_a_loader_whole(name):
     with pytest.raises(TypeError, match="batch_size"):
         cheap(name, batch_size=4)
-    assert torch.equal(thetas(cheap(name).fit(MAIN.model(), loader(4))), thetas(fitted(name)))
+    # The way to a Laplace mode may take minibatches; the approximation itself does not.
+    backend = cheap(name, **({"start": None} if "start" in BACKENDS[name].cls.field_names() else {}))
+    whole = backend.fit_to(target_of(MAIN.name), init=torch.zeros(4))
+    assert torch.equal(thetas(backend.fit(MAIN.model(), loader(4), init=torch.zeros(4))), thetas(whole))
 
 
-# -- hyperparameters -----------------------------------------------------------------------------------------------------
+# -- hyperparameters ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -472,12 +443,12 @@ def bad_values() -> list[tuple[str, str, Any]]:
 
 @pytest.mark.parametrize(("name", "field", "value"), bad_values())
 def test_a_hyperparameter_out_of_range_is_refused_by_name(name, field, value):
-    with pytest.raises(ValueError, match=rf"`{field}`.*got|has no '{value}'") as caught:
+    with pytest.raises(ValueError, match=rf"`{field}`.*got|has no 'nonsense'") as caught:
         cheap(name, **{field: value})
     assert str(value) in str(caught.value)
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ----------------------------------------------------------------------
 
 
 def untouched(x, y=None):
@@ -491,8 +462,16 @@ def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 
 BAD_DATA = {
-    "nan_x": (lambda: (spoilt(X, float("nan")), Y), ValueError, "x holds NaN or infinite values in 1 of 12 rows .*row 4"),
-    "inf_y": (lambda: (X, spoilt(Y, float("inf"))), ValueError, "y holds NaN or infinite values in 1 of 12 rows .*row 4"),
+    "nan_x": (
+        lambda: (spoilt(X, float("nan")), Y),
+        ValueError,
+        "x holds NaN or infinite values in 1 of 12 rows .*row 4",
+    ),
+    "inf_y": (
+        lambda: (X, spoilt(Y, float("inf"))),
+        ValueError,
+        "y holds NaN or infinite values in 1 of 12 rows .*row 4",
+    ),
     "empty": (lambda: (X[:0], Y[:0]), ValueError, "x is empty"),
     "mismatch": (lambda: (X, Y[:5]), ValueError, r"x has 12 rows but y has shape \(5,\)"),
     "array_x": (lambda: (X.numpy(), Y), TypeError, "x must be a torch.Tensor.*ndarray"),
@@ -554,5 +533,5 @@ def test_new_inputs_unlike_the_training_inputs_are_refused(name):
         posterior.predict(X.float())
     with pytest.raises(ValueError, match="x holds NaN"):
         posterior.predict(spoilt(X, float("nan")))
-    with pytest.raises(ValueError, match="`num_samples` must be >= 1"):
+    with pytest.raises(ValueError, match="`num_samples` must be an integer >= 1"):
         posterior.predict(X, num_samples=0)

@@ -7,12 +7,14 @@ model runs through Pyro's handlers at every step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyro
 import pyro.infer.autoguide
+import pyro.optim
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -53,10 +55,10 @@ class PyroGuideVI(Backend):
         super().__post_init__()
         check_integer(self, "num_steps", "num_particles", "num_samples")
         check_positive(self, "step_size")
-        if isinstance(self.guide, str) and not hasattr(pyro.infer.autoguide, self.guide):
-            raise ValueError(f"pyro.infer.autoguide has no {self.guide!r}; known: {', '.join(_guides())}")
         if not isinstance(self.guide, str) and not callable(self.guide):
-            raise ValueError(f"`guide` must be the name of an autoguide or a callable, got {self.guide!r}")
+            raise TypeError(f"`guide` must be a name, a class or a callable from model to guide, got {self.guide!r}")
+        if isinstance(self.guide, str) and self.guide not in _guides():
+            raise ValueError(f"pyro.infer.autoguide has no {self.guide!r}; known: {', '.join(_guides())}")
         name = getattr(self.guide, "__name__", "")
         if getattr(pyro.infer.autoguide, name, None) is self.guide:
             object.__setattr__(self, "guide", name)  # so that the repr re-creates it
@@ -78,24 +80,27 @@ class PyroGuideVI(Backend):
         with isolated(target.dtype, target.device, run.seed):
             pyro.clear_param_store()
             model = conditioned_model(target)
-            guide = self._make(poutine.block(model, hide=[]), start)
+            guide = self._make(model, start)
             decay = 0.1 ** (1 / self.num_steps)
             optimiser = pyro.optim.ClippedAdam({"lr": self.step_size, "lrd": decay})
             elbo = pyro.infer.Trace_ELBO(num_particles=self.num_particles)
             svi = pyro.infer.SVI(model, guide, optimiser, elbo.loss, loss_and_grads=_gradients_of_guide(elbo))
             with run.bar(self.num_steps, "PyroGuideVI") as bar:
                 for step in range(self.num_steps):
-                    loss = float(svi.step(target.x, target.y))
-                    if not torch.isfinite(torch.tensor(loss)):
-                        raise NonFiniteError(f"the ELBO is {-loss} at step {step}; lower `step_size`, now {self.step_size}")
+                    loss = float(torch.as_tensor(svi.step(target.x, target.y)))
+                    if not math.isfinite(loss):
+                        raise NonFiniteError(
+                            f"the ELBO is {-loss} at step {step}; lower `step_size`, now {self.step_size}"
+                        )
                     run.count(self.num_particles)
                     bar.advance(elbo=-loss)
             bound = pyro.infer.Trace_ELBO(num_particles=100)
             with torch.no_grad():
-                evidence = -float(bound.loss(model, guide, target.x, target.y))
+                evidence = -float(torch.as_tensor(bound.loss(model, guide, target.x, target.y)))
                 draws = torch.stack([self._draw(guide, target) for _ in range(self.num_samples)])
-        run.info.extra["elbo"] = evidence
-        return DrawsPosterior(target, draws[None], backend=self, info=run.info, log_evidence=evidence)
+        point = bool((draws == draws[0]).all())  # a delta has no entropy, so its "ELBO" bounds nothing
+        run.info.extra["elbo"] = None if point else evidence
+        return DrawsPosterior(target, draws[None], backend=self, info=run.info, log_evidence=run.info.extra["elbo"])
 
     def _make(self, model: Any, start: dict[str, Tensor]) -> Any:
         make = getattr(pyro.infer.autoguide, self.guide) if isinstance(self.guide, str) else self.guide

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import pyro
 import pyro.infer.mcmc
 import torch
 from torch import Tensor
@@ -50,10 +49,10 @@ class PyroMCMC(Backend):
         super().__post_init__()
         check_integer(self, "num_samples", "num_chains")
         check_integer(self, "warmup_steps", minimum=0)
+        if not isinstance(self.kernel, str) and not callable(self.kernel):
+            raise TypeError(f"`kernel` must be a name or a class of pyro.infer.mcmc, got {self.kernel!r}")
         if isinstance(self.kernel, str) and not hasattr(pyro.infer.mcmc, self.kernel):
             raise ValueError(f"pyro.infer.mcmc has no {self.kernel!r}; try 'NUTS', 'HMC' or 'RandomWalkKernel'")
-        if not isinstance(self.kernel, str) and not callable(self.kernel):
-            raise ValueError(f"`kernel` must be the name of a kernel or a callable, got {self.kernel!r}")
         name = getattr(self.kernel, "__name__", "")
         if getattr(pyro.infer.mcmc, name, None) is self.kernel:
             object.__setattr__(self, "kernel", name)  # so that the repr re-creates it
@@ -84,27 +83,31 @@ class PyroMCMC(Backend):
     def _chain(self, target: Target, start: Tensor, run: Run, seed: int) -> tuple[Tensor, int]:
         make = getattr(pyro.infer.mcmc, self.kernel) if isinstance(self.kernel, str) else self.kernel
         initial = {s.name: start[s.start : s.stop].reshape(s.unconstrained_shape) for s in target.sites}
-        calls = 0
+        calls, divergences = 0, 0
 
         def counted(x: Any, y: Any = None) -> Any:
             nonlocal calls
             calls += 1
             return model(x, y)
 
+        def watch(kernel: Any, _sample: Any, stage: str, _step: int) -> None:
+            # Not mcmc.diagnostics(), whose effective sample sizes fail on a single draw; later the kernel is reset.
+            nonlocal divergences
+            if stage.startswith("Sample"):
+                divergences = len(kernel.diagnostics().get("divergences", []))
+
         with isolated(target.dtype, target.device, seed):
             model = conditioned_model(target)
-            kernel = make(counted, **self.options)
             mcmc = pyro.infer.MCMC(
-                kernel,
+                make(counted, **self.options),
                 num_samples=self.num_samples,
                 warmup_steps=self.warmup_steps,
                 initial_params=initial,
+                hook_fn=watch,
                 disable_progbar=True,
             )
             mcmc.run(target.x, target.y)
             samples = mcmc.get_samples()
-            # Not mcmc.diagnostics(), whose effective sample sizes fail on a single draw.
-            divergences = kernel.diagnostics().get("divergences", [])
         run.count(calls)
         draws = target.ravel({s.name: samples[s.name] for s in target.sites})
-        return draws, len(divergences)
+        return draws, divergences

@@ -39,6 +39,11 @@ class Subset(Backend):
         super().__post_init__()
         if not isinstance(self.backend, Backend):
             raise TypeError(f"`backend` must be a backend such as NUTS(), got {self.backend!r}")
+        if self.rest is not None and not isinstance(self.rest, Backend):
+            raise TypeError(f"`rest` must be a backend such as MAP(), or None, got {self.rest!r}")
+        patterns = [self.sites] if isinstance(self.sites, str) else list(self.sites)
+        if not patterns or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(f"`sites` must be one or more site name patterns, got {self.sites!r}")
 
     def fit_target(self, target: Target, run: Run) -> Posterior:
         """Find the point, restrict the target, run the inner backend there.
@@ -53,16 +58,20 @@ class Subset(Backend):
         Raises:
             ValueError: If neither ``rest`` nor ``init`` gives a point.
         """
+        target.restrict(self.sites, target.initial(1, run.seed)[0])  # an unknown pattern fails before any work
         if self.rest is None:
             if run.init is None:
                 raise ValueError("Subset(rest=None) takes the fixed sites from `init`, but none was given")
             at = target.initial(1, run.seed, run.init)[0]
         else:
-            at = self.rest.fit_target(target, run.sub(self.rest, run.init)).mean_theta
+            rest = target.tempered(self.rest.temperature, self.rest.likelihood_temperature)
+            at = self.rest.fit_target(rest, run.sub(self.rest, run.init, target=rest)).mean_theta
         restricted = target.restrict(self.sites, at).tempered(
             self.backend.temperature, self.backend.likelihood_temperature
         )
-        inner = run.sub(self.backend, restricted.reduce(at), target=restricted, offset=0)
+        # Members that all start at the point would stay together.
+        init = None if self.backend.family in ("ensembles", "particles") else restricted.reduce(at)
+        inner = run.sub(self.backend, init, target=restricted, offset=0)
         posterior = self.backend.fit_target(restricted, inner)
         posterior.backend = self
         return posterior

@@ -98,10 +98,11 @@ class MeanFieldVI(Backend):
                 weight = min(1.0, (t + 1) / ramp) if self.kl_annealing else 1.0
                 x, y = batches.next()
                 loss = step(eps, x if batches.full else _only(x), y if batches.full else y[0], weight, rate)
-                if not math.isfinite(float(loss)):
-                    raise NonFiniteError(_where(target, step.params, float(loss), t, self.step_size))
+                energy = float(loss)
+                if not math.isfinite(energy):
+                    raise NonFiniteError(_where(target, step.params, energy, t, self.step_size))
                 run.count(batches.cost * self.num_particles)
-                bar.advance(**({"free_energy": float(loss) * target.num_data} if bar.shown else {}))
+                bar.advance(free_energy=energy * target.num_data)
         loc, rho = step.params[: target.dim], step.params[target.dim :]
         gaussian = DiagonalGaussian(loc, softplus(rho))
         elbo, error = estimate_elbo(target, gaussian, run.stream(2))

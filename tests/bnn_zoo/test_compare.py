@@ -162,7 +162,7 @@ def test_time_limit_of_a_sampler_is_a_failed_row_and_not_an_interruption(
         ({"seed": 1}, "seed 0, not 1"),
         ({"model": ModelSpec(hidden=(6,))}, r"model hidden \[5\], not \[6\]"),
         ({"data": "gap"}, "data name 'sine', not 'gap'"),
-        ({"backends": {"map": MAP(num_steps=7)}}, r"map as MAP\(.*num_steps=60.*, not MAP\(.*num_steps=7"),
+        ({"changed": {"map": MAP(num_steps=7)}}, r"map as MAP\(.*num_steps=60.*, not MAP\(.*num_steps=7"),
     ],
 )
 def test_other_comparison_in_the_directory_is_refused_with_the_first_difference(

@@ -57,7 +57,10 @@ def test_regression_scores_equal_hand_computations_in_original_units(energy: Dat
     assert found["nll_gaussian"] == pytest.approx(-norm.logpdf(y, means.mean(0), np.sqrt(variance)).mean(), rel=1e-9)
     assert found["epistemic_share"] == pytest.approx(means.var(0).mean() / variance.mean(), rel=1e-9)
     low, high = (
-        np.array([brentq(lambda t, n=n, q=q: norm.cdf(t, means[:, n], scales[:, n]).mean() - q, -200, 200) for n in range(len(y))])
+        np.array([
+            brentq(lambda t, n=n, q=q: norm.cdf(t, means[:, n], scales[:, n]).mean() - q, -200, 200)
+            for n in range(len(y))
+        ])
         for q in (0.05, 0.95)
     )
     assert found["coverage_90"] == pytest.approx(np.mean((low <= y) & (y <= high)))
@@ -111,9 +114,11 @@ def test_distance_of_a_shifted_prediction_is_the_shift() -> None:
     spread = np.ones(7)
     reference = {"quantiles": base, "stddev": spread, "epistemic_stddev": spread}
     shifted = {"quantiles": base + 0.25, "stddev": 0.5 * spread, "epistemic_stddev": 3 * spread}
-    assert distance(shifted, reference) == pytest.approx(
-        {"wasserstein1": 0.25, "variance_ratio": 0.25, "epistemic_ratio": 9.0}
-    )
+    assert distance(shifted, reference) == pytest.approx({
+        "wasserstein1": 0.25,
+        "variance_ratio": 0.25,
+        "epistemic_ratio": 9.0,
+    })
 
 
 def test_noise_floor_is_the_distance_between_the_halves_of_the_chains(energy: Dataset) -> None:

@@ -7,6 +7,7 @@ from bnn_zoo.budgets import make_backends
 from bnn_zoo.compare import Comparison
 from bnn_zoo.models import ModelSpec
 from bnn_zoo.tasks import DataSpec
+from inference.backend import Backend
 
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "map": {"num_steps": 60, "compile": False},
@@ -22,12 +23,18 @@ def settings(budget_names: str) -> list[str]:
     return [f"--set={n}.{field}={value}" for n in names for field, value in HYPERPARAMETERS[n].items()]
 
 
-def comparison(out: Path, data: str = "sine", backends: str = "map,mean_field_vi,nuts", **changes: Any) -> Comparison:
-    """What to compare; `changes` replace the other fields."""
+def comparison(
+    out: Path,
+    data: str = "sine",
+    backends: str = "map,mean_field_vi,nuts",
+    changed: dict[str, Backend] | None = None,
+    **changes: Any,
+) -> Comparison:
+    """What to compare; `changed` replaces backends, and `changes` the other fields."""
     fields: dict[str, Any] = {
         "data": DataSpec(name=data),
         "model": ModelSpec(hidden=(5,)),
-        "backends": make_backends(backends.split(","), HYPERPARAMETERS),
+        "backends": {**make_backends(backends.split(","), HYPERPARAMETERS), **(changed or {})},
         "reference": "nuts" if "nuts" in backends else None,
         "seed": 0,
         "budget": "demo",

@@ -53,9 +53,9 @@ def test_gaussian_posteriors_get_their_mean_and_one_over_the_diagonal_precision(
     posterior = QUICK.fit(problem.model, problem.x, problem.y)
     scale = problem.precision.diag().rsqrt()
     torch.testing.assert_close(
-        (posterior.gaussian.loc - problem.mode) / scale, torch.zeros_like(scale), rtol=0, atol=0.02
+        (posterior.gaussian.loc - problem.mode) / scale, torch.zeros_like(scale), rtol=0, atol=0.08
     )
-    torch.testing.assert_close(posterior.gaussian.scale / scale, torch.ones_like(scale), rtol=0, atol=0.02)
+    torch.testing.assert_close(posterior.gaussian.scale / scale, torch.ones_like(scale), rtol=0, atol=0.04)
 
 
 @pytest.mark.parametrize("problem", [linear_regression(), correlated_gaussian()], ids=lambda p: p.name)
