@@ -27,8 +27,10 @@ def write_netcdf(posterior: Posterior, file: Path, seed: int = 0) -> dict[str, i
     """
     most = max(_MIN_DRAWS, _MAX_VALUES // posterior.target.num_data)
     thinned, step = _thinned(posterior, most)
-    num_draws = most if not isinstance(thinned, DrawsPosterior) else thinned.draws.shape[0] * thinned.draws.shape[1]
-    num_draws = min(num_draws, 1000) if not isinstance(thinned, DrawsPosterior) else num_draws
+    if isinstance(thinned, DrawsPosterior):
+        num_draws = thinned.draws.shape[0] * thinned.draws.shape[1]
+    else:
+        num_draws = min(most, 1000)
     weights = num_draws * posterior.target.dim <= _MAX_WEIGHTS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -50,7 +50,10 @@ def shared_limits(arrays: dict[str, Arrays], data: Dataset) -> tuple[float, floa
         Lower and upper end.
     """
     if data.task == "classification":
-        return 0.0, max([0.02, *(float(held["grid_mutual_information"].max()) for held in arrays.values() if data.grid is not None)])
+        return 0.0, max([
+            0.02,
+            *(float(held["grid_mutual_information"].max()) for held in arrays.values() if data.grid is not None),
+        ])
     targets = np.concatenate([part.numpy() for part in data.targets_original()])
     low, high = targets.min(), targets.max()
     room = high - low
@@ -113,7 +116,9 @@ def _maps(figure: Figure, palette: Palette, arrays: Arrays, data: Dataset, limit
         ax.set_title(title)
         ax.grid(visible=False)
         ax.set_xlabel(data.feature_names[0])
-        figure.colorbar(image, ax=ax, location="bottom", aspect=30, pad=0.02, ticks=[0, top / 2, top], format="%.2g").outline.set_visible(False)
+        figure.colorbar(
+            image, ax=ax, location="bottom", aspect=30, pad=0.02, ticks=[0, top / 2, top], format="%.2g"
+        ).outline.set_visible(False)
     axes[0].set_ylabel(data.feature_names[1])
 
 

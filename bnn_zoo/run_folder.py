@@ -53,6 +53,8 @@ class RunFolder:
         resumed = file.exists()
         if resumed:
             before = read_json(file)
+            if not isinstance(before, dict) or not isinstance(before.get("backends"), dict):
+                raise UsageError(f"{file} was not written by bnn-zoo compare; give another --out")
             difference = first_difference(before, request)
             if difference:
                 raise UsageError(

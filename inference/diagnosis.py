@@ -107,8 +107,9 @@ def diagnose(posterior: Posterior, x: Any = None) -> Diagnosis:
             )
         elif found.khat > 0.7:
             found.warnings.append(
-                f"k-hat is {found.khat:.2f} (limit 0.7): the approximation misses mass of the posterior; with more than a thousand "
-                "weights this is so for every Gaussian, so compare predictions with a NUTS reference instead"
+                f"k-hat is {found.khat:.2f} (limit 0.7): the approximation misses mass of the posterior; with "
+                "more than a thousand weights this is so for every Gaussian, so compare predictions with a "
+                "NUTS reference instead"
             )
     return found
 
@@ -162,8 +163,8 @@ def _examine_chains(posterior: Any, x: Any, found: Diagnosis) -> None:
         found.divergences = int(stats["diverging"].sum())
         if found.divergences:
             found.warnings.append(
-                f"{found.divergences} of {stats['diverging'].numel()} draws diverged: the sampler missed regions of high curvature; "
-                "raise `target_accept`, or reparameterise"
+                f"{found.divergences} of {stats['diverging'].numel()} draws diverged: the sampler missed regions of "
+                "high curvature; raise `target_accept`, or reparameterise"
             )
     inner = getattr(posterior.backend, "backend", posterior.backend)  # what a Subset wraps
     limit = getattr(inner, "max_tree_depth", None)
@@ -171,14 +172,14 @@ def _examine_chains(posterior: Any, x: Any, found: Diagnosis) -> None:
         found.depth_saturated = float((stats["tree_depth"] >= limit).double().mean())
         if found.depth_saturated > 0.1:
             found.warnings.append(
-                f"{found.depth_saturated:.0%} of the draws hit max_tree_depth={limit}: they are more correlated than they need be; "
-                "raise it, or reparameterise"
+                f"{found.depth_saturated:.0%} of the draws hit max_tree_depth={limit}: they are more correlated than "
+                "they need be; raise it, or reparameterise"
             )
     share = _share_above(found.rhat_functions)
     if share is not None and share > 0.05:
         found.warnings.append(
-            f"R-hat of the predictions is above {_LIMIT} at {share:.0%} of the probe inputs: the chains disagree; run longer, or "
-            "read their spread as model uncertainty"
+            f"R-hat of the predictions is above {_LIMIT} at {share:.0%} of the probe inputs: the chains disagree; run "
+            "longer, or read their spread as model uncertainty"
         )
 
 

@@ -155,6 +155,12 @@ def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
     Unlike a Cholesky factor they exist where a covariance is singular, as J S J^T is wherever logits are normalised or
     one noise scale is shared by several outputs, and they vary continuously with the input.
+
+    Args:
+        covariance: Symmetric, positive semi-definite up to rounding, (n, E, E).
+
+    Returns:
+        Roots and pseudo-inverse roots.
     """
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp(min=0)

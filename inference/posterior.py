@@ -88,7 +88,8 @@ class Posterior(ABC):
             CapabilityError: If this posterior is not made of draws.
         """
         raise CapabilityError(
-            f"a {self.kind} posterior has no chains; call `.sample(num_samples)`, or fit with NUTS, HMC, DeepEnsemble or SVGD"
+            f"{self.backend_name} gives {self.kind}, which has no chains; call `.sample(num_samples)`, or fit with "
+            "NUTS, HMC, DeepEnsemble or SVGD"
         )
 
     def sample_sites(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
@@ -111,13 +112,10 @@ class Posterior(ABC):
         return False
 
     def log_density(self, theta: Tensor) -> Tensor:
-        """Normalised log density of this approximation.
+        """Normalised log density of this approximation in nats, (..., P) to (...).
 
         Args:
             theta: (..., P).
-
-        Returns:
-            (...) nats.
 
         Raises:
             CapabilityError: If the approximation has no density.
@@ -224,7 +222,7 @@ class Posterior(ABC):
     ) -> Posterior:
         """Undo :meth:`state`."""
 
-    # -- starting point of another fit -----------------------------------------------------------------------------------
+    # -- starting point of another fit -------------------------------------------------------------------------------
 
     def starting_points(self, num: int, seed: int, expected: list[tuple[str, tuple[int, ...]]]) -> Tensor:
         """Full thetas from which another backend may start.
@@ -254,14 +252,16 @@ class Posterior(ABC):
     def _starts(self, num: int, seed: int) -> Tensor:
         return self.sample(num, seed)
 
-    # -- Pyro guide --------------------------------------------------------------------------------------------------------
+    # -- Pyro guide --------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Act as a Pyro guide: sample one flat auxiliary site and unpack it into the model's latent sites."""
         theta = pyro.sample("_posterior_theta", _ThetaDistribution(self), infer={"is_auxiliary": True})
         full = self.target.expand(theta)
         values = {}
-        plates = {}  # entered again by every site they hold: a second plate of the same name would be refused
+        plates: dict[
+            str, Any
+        ] = {}  # entered again by every site they hold: a second plate of the same name would be refused
         for site in self.target.all_sites:
             unconstrained = full[..., site.start : site.stop]
             lead = full.shape[:-1] + (1,) * (site.event_dim + len(site.unconstrained_shape) - len(site.shape))
@@ -269,7 +269,7 @@ class Posterior(ABC):
             unconstrained = unconstrained.reshape(shape)
             value = site.transform(unconstrained)
             log_density = site.transform.inv.log_abs_det_jacobian(value, unconstrained)
-            log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + site.event_dim)
+            log_density: Any = sum_rightmost(log_density, log_density.dim() - value.dim() + site.event_dim)
             with ExitStack() as stack:
                 for name, dim in site.plates:
                     if name not in plates:
@@ -642,7 +642,7 @@ class _ThetaDistribution(TorchDistribution):
     """The flat posterior as a Pyro distribution; expands, so that vectorised plates draw distinct thetas."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real_vector
+    support: Any = constraints.real_vector
 
     def __init__(self, posterior: Posterior, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
         self.posterior = posterior

@@ -87,7 +87,7 @@ class DrawSource:
         with torch.no_grad():
             found = target.parameters(thetas[0], first)
         self.family = target.family(first)
-        self.rows = rows if local else rows_per_chunk(rows, thetas.shape[0], found)
+        self.rows = rows if local else even(self.num_data, rows_per_chunk(rows, thetas.shape[0], found))
 
     def params(self, rows: slice) -> Params:
         """Parameters of every draw at some inputs, each (S, n, ...)."""
@@ -96,7 +96,7 @@ class DrawSource:
         extra = min(extra, rows.start)
         x = index(self.x, slice(rows.start - extra, rows.stop))
         total = self.thetas.shape[0]
-        size = min(self.chunk_size or self._chunk(x), total)
+        size = even(total, self.chunk_size or self._chunk(x))
         program = self._program(size, x)
         out: Params = {}  # filled in place: small pieces kept beside large buffers fragment the heap
         with torch.no_grad():
@@ -124,6 +124,11 @@ class DrawSource:
 
     def _chunk(self, x: Tree) -> int:
         return draws_per_chunk(self.target.programs.recorded_parameters(x))
+
+
+def even(total: int, limit: int) -> int:
+    """Size up to ``limit`` whose chunks of ``total`` are equal but for rounding, so that none is a small rest."""
+    return math.ceil(total / math.ceil(total / limit))
 
 
 def draws_per_chunk(graph: fx.GraphModule) -> int:
@@ -214,31 +219,28 @@ class Prediction:
         self._log_weights = source.weights.log()
         self.family = source.family
         self._rows = list(chunks(num_data, source.rows))
-        self._kept: list[Params] | None = None
         self.num_data = num_data
         self._compute_moments()
 
     def _compute_moments(self) -> None:
-        found, kept, size = [], [], 0
-        entropies = []
+        kept, size = [], 0
+        out: dict[str, Tensor] = {}  # filled in place: small results kept between large buffers fragment the heap
         for rows in self._rows:
             params = self._source.params(rows)
-            found.append(self._source.moments(rows, params))
-            if self.family.is_classification:
-                entropies.append(self._entropies(params))
             size += sum(p.numel() * p.element_size() for p in params.values())
-            if size <= _KEEP_BYTES:
-                kept.append(params)
-        if size <= _KEEP_BYTES:
-            self._kept = kept
-        self.mean = torch.cat([m.mean for m in found])
-        self.aleatoric_variance = torch.cat([m.aleatoric for m in found])
-        self.epistemic_variance = torch.cat([m.epistemic for m in found])
-        self.f_mean = torch.cat([m.f_mean for m in found])
-        self.f_variance = torch.cat([m.f_variance for m in found])
-        if entropies:
-            self._probs = torch.cat([e[0] for e in entropies])
-            self._aleatoric_entropy = torch.cat([e[1] for e in entropies])
+            kept = [*kept, params] if size <= _KEEP_BYTES else []
+            found = vars(self._source.moments(rows, params)).copy()
+            if self.family.is_classification:
+                found["probs"], found["entropy"] = self._entropies(params)
+            for name, value in found.items():
+                if name not in out:
+                    out[name] = value.new_empty((self.num_data, *value.shape[1:]))
+                out[name][rows] = value
+        self._kept = kept or None
+        self.mean, self.aleatoric_variance, self.epistemic_variance = out["mean"], out["aleatoric"], out["epistemic"]
+        self.f_mean, self.f_variance = out["f_mean"], out["f_variance"]
+        if self.family.is_classification:
+            self._probs, self._aleatoric_entropy = out["probs"], out["entropy"]
 
     @property
     def num_components(self) -> int:
@@ -527,7 +529,7 @@ def _bracket(family: LikelihoodFamily, params: Params, q: float) -> tuple[Tensor
     # Chebyshev's inequality: no quantile is further than sd / sqrt(tail) from its component's mean.
     reach = (1 + 1e-3) * spread / math.sqrt(min(q, 1 - q)) + torch.finfo(spread.dtype).tiny
     low, high = (centre - reach).amin(0), (centre + reach).amax(0)
-    support = getattr(base, "support", None)
+    support: Any = getattr(base, "support", None)
     if family.kind == "other" and hasattr(support, "lower_bound"):  # such a class is not defined below it
         low = torch.maximum(low, torch.as_tensor(support.lower_bound).to(low))
         high = torch.maximum(high, low)

@@ -228,14 +228,15 @@ def _check_sites(saved: list[Any], own: list[Any], path: Any) -> None:
         if support != my_support:
             raise ValueError(f"site {name!r} has the support {support} in {path} but {my_support} in the model")
     if len(saved) != len(own):
-        longer = saved if len(saved) > len(own) else own
+        odd = max(saved, own, key=len)[min(len(saved), len(own))][0]
         raise ValueError(
-            f"{path} has {len(saved)} sites but the model {len(own)}; first difference: {longer[min(len(saved), len(own))][0]!r}"
+            f"{path} belongs to another model: it has {len(saved)} sites, this model {len(own)}; first "
+            f"difference: {odd!r}"
         )
 
 
 def _log_density(posterior: Posterior) -> float | None:
-    """The model's density at the posterior mean, which tells apart models whose sites look alike; None if not finite."""
+    """Model density at the posterior mean, which tells apart models whose sites look alike; None if not finite."""
     with torch.no_grad():
         value = float(posterior.target.log_density(posterior.mean_theta))
     return value if math.isfinite(value) else None
@@ -246,8 +247,8 @@ def _check_density(saved: float | None, own: float | None, path: Any) -> None:
         return
     if abs(saved - own) > 1e-3 * (1 + abs(saved)):
         raise ValueError(
-            f"{path} belongs to another model: the log density at its mean was {saved:.6g} nats when saved and is {own:.6g} with "
-            "this model and data; a prior, the likelihood, a constant weight or the training data differ"
+            f"{path} belongs to another model: the log density at its mean was {saved:.6g} nats when saved and "
+            f"is {own:.6g} with this model and data; a prior, the likelihood, a constant or the training data differ"
         )
 
 
@@ -289,7 +290,7 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
         value = tensors[name]
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         if value.numel():
-            total.update(value.contiguous().flatten().view(torch.uint8).numpy())
+            total.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -442,8 +442,9 @@ class Target:
         generator = self.stream(seed, index)
         draws = self._prior_draws
         median = draws.median(0).values
-        pick = int(torch.randint(draws.shape[0], (), generator=generator, device=self.device))
-        start = median + 0.1 * (draws[pick] - median)
+        # A random combination of prior draws, not one of them: members that share a start would never part.
+        weights = torch.randn(draws.shape[0], generator=generator, dtype=self.dtype, device=self.device)
+        start = median + 0.1 * draws.shape[0] ** -0.5 * (weights @ (draws - median))
         noise = torch.randn(self.full_dim, generator=generator, dtype=self.dtype, device=self.device)
         for layer in self.layers:
             scale = layer.fan_in**-0.5 / abs(layer.scale)

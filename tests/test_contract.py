@@ -20,9 +20,8 @@ from pyro.infer import Predictive
 from torch.utils.data import DataLoader, TensorDataset
 
 import inference
-from inference import BACKENDS, CapabilityError, Posterior, Subset, UnsupportedModelError, compile_target
+from inference import BACKENDS, CapabilityError, Posterior, Subset, UnsupportedModelError, compile_target, storage
 from inference.posterior import DrawsPosterior, GaussianPosterior
-from inference.storage import FILE_NAME
 from tests.budgets import CHEAP, SMALLEST, cheap
 from tests.cases import CASES, Case, N, X, Y
 from tests.tolerances import z_limit
@@ -269,7 +268,10 @@ def test_saving_is_exact_and_both_objects_go_on_working(name, tmp_path):
     assert loaded.info == posterior.info
     assert loaded.log_evidence_or_none == posterior.log_evidence_or_none
     loaded.save(tmp_path / "again")
-    assert (tmp_path / "again" / FILE_NAME).read_bytes() == (tmp_path / FILE_NAME).read_bytes()
+    (record, tensors), (saved_record, saved) = storage.read(tmp_path / "again"), storage.read(tmp_path)
+    assert record == saved_record
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensors[key], saved[key]) for key in saved)
 
 
 # -- starting points and parts ----------------------------------------------------------------------

@@ -43,7 +43,7 @@ def nan_everywhere(x: Tensor, y: Tensor | None = None) -> None:
 def impossible_data(x: Tensor, y: Tensor | None = None) -> None:
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Uniform(w.sum() - 1e-9, w.sum() + 1e-9).expand([len(x)]), obs=y)
+        pyro.sample("y", dist.Normal(x @ w + 1e200, 0.5), obs=y)  # its square overflows
 
 
 # -- what is not finite ----------------------------------------------------------------------
@@ -56,17 +56,17 @@ def test_a_log_density_that_is_not_finite_at_the_start_is_an_error(name, model):
         cheap(name).fit(model, X, Y)
 
 
-@pytest.mark.parametrize("name", ["hmc", "nuts", "pyro_mcmc"])
+@pytest.mark.parametrize("name", ["hmc", "nuts"])
 def test_samplers_say_which_rows_have_no_finite_likelihood(name):
     def one_bad_row(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Exponential((x @ w).exp()), obs=y)
+            pyro.sample("y", dist.Normal(x[:, 0].sqrt() + x @ w, 0.5), obs=y)
 
-    y = Y.abs()
-    y[7] = -1.0
+    x = X.abs()
+    x[7, 0] = -1.0
     with pytest.raises(NonFiniteError, match=r"'y' is not finite at 1 data, the first at row 7"):
-        cheap(name).fit(one_bad_row, X, y)
+        cheap(name).fit(one_bad_row, x, Y)
 
 
 def too_large(name: str) -> dict[str, Any]:
@@ -117,13 +117,13 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def test_an_interrupt_during_nuts_returns_the_draws_so_far(monkeypatch):
-    backend = NUTS(num_samples=40, warmup_steps=20, num_chains=2, **QUIET)
+    backend = NUTS(num_samples=100, warmup_steps=20, num_chains=2, **QUIET)
     whole = backend.fit(linear, X, Y)
-    interrupt_after(monkeypatch, 2 * 20 + 2 * 15)
-    with pytest.warns(ConvergenceWarning, match=r"an interrupt ended the run after \d+ of 40 draws"):
+    interrupt_after(monkeypatch, 180)  # of 240 iterations; chains advance at paces of their own
+    with pytest.warns(ConvergenceWarning, match=r"an interrupt ended the run after \d+ of 100 draws"):
         posterior = backend.fit(linear, X, Y)
     num = posterior.draws.shape[1]
-    assert 5 <= num < 40
+    assert 5 <= num < 100
     assert torch.equal(posterior.draws, whole.draws[:, :num])
     assert posterior.sample_stats["diverging"].shape == (2, num)
     assert "ConvergenceWarning" in dict(posterior.info.warnings)

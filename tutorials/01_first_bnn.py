@@ -30,14 +30,14 @@ print(data)
 
 # %% [markdown]
 # ## Model
-# A Pyro model `model(x, y=None)`: weights ~ N(0, 2 / fan-in), one hidden layer of 20 tanh units, and noise whose
+# A Pyro model `model(x, y=None)`: weights ~ N(0, 1 / fan-in), one hidden layer of 50 tanh units, and noise whose
 # standard deviation is learnt.
 
 # %%
 model = MLP(
-    [1, 20, 1],
+    [1, 50, 1],
     activation="tanh",
-    prior=priors.Normal(scale="fan_in", gain=2.0),
+    prior=priors.Normal(scale="fan_in"),
     likelihood=likelihoods.Normal(scale=dist.HalfNormal(1.0)),
 )
 print(model)

@@ -25,9 +25,9 @@ warnings.simplefilter("ignore")
 data = load("gap")
 x, y, grid = data.x_train, data.y_train, data.grid
 model = MLP(
-    [1, 20, 1],
+    [1, 50, 1],
     activation="tanh",
-    prior=priors.Normal(scale="fan_in", gain=2.0),
+    prior=priors.Normal(scale="fan_in"),
     likelihood=likelihoods.Normal(scale=dist.HalfNormal(1.0)),
 )
 
@@ -96,14 +96,18 @@ for name, row in table.items():
 # %% [markdown]
 # ## The claims, checked
 # Ensembles, SWAG and SVGD grow less sure outside the data. MAP has no spread at all. And mean-field variational
-# inference is far too sure in between: compare its gap with that of NUTS. Its bars may look reasonable at the data,
-# which is why this failure is easily missed.
+# inference fails in between: NUTS is far less sure in the gap than at the data, while mean-field is about as sure in
+# the gap as anywhere, however long it is trained (Foong et al. 2019 prove it for one hidden layer). Look at the ratio:
+# the bars themselves may look reasonable, which is why this failure is easily missed. SWAG's spread grows outwards,
+# but its size is that of SGD's steps, a few per cent of what NUTS finds.
 
 # %%
 for name in ("NUTS", "DeepEnsemble", "SWAG", "SVGD"):
     assert table[name]["outside"] > table[name]["data"], name
 assert table["MAP"]["gap"] == 0
-assert table["MeanFieldVI"]["gap"] < 0.7 * table["NUTS"]["gap"]
+ratios = {name: row["gap"] / row["data"] for name, row in table.items() if row["data"]}
+assert ratios["NUTS"] > 1.3
+assert ratios["MeanFieldVI"] < 1.2
 
 # %% [markdown]
 # No single backend wins everywhere. `bnn-zoo compare --data gap` gives the same comparison with distances to the

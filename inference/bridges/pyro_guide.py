@@ -8,6 +8,7 @@ model runs through Pyro's handlers at every step.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -105,7 +106,9 @@ class PyroGuideVI(Backend):
     def _make(self, model: Any, start: dict[str, Tensor]) -> Any:
         make = getattr(pyro.infer.autoguide, self.guide) if isinstance(self.guide, str) else self.guide
         try:
-            return make(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values=start))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # flows announce that they make no use of it
+                return make(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values=start))
         except TypeError:  # a guide without a starting point
             return make(model)
 
@@ -133,9 +136,11 @@ class _ConstantParameters(Messenger):
 def _gradients_of_guide(elbo: Any) -> Callable[..., float]:
     # SVI's own backward pass would leave gradients in every tensor that the model closes over.
     def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered")  # an ELBO that is not finite is an error of ours
+            loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward(inputs=[value for _, value in pyro.get_param_store().named_parameters()])
-        return float(loss)
+        return loss.item()
 
     return loss_and_grads
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.backend import Backend, Run, check_integer
 from inference.bridges.pyro_guide import conditioned_model
-from inference.errors import DivergenceWarning
+from inference.errors import DivergenceWarning, NonFiniteError
 from inference.posterior import DrawsPosterior, Posterior
 from inference.target import Target
 from inference.tracing import isolated
@@ -66,8 +66,16 @@ class PyroMCMC(Backend):
 
         Returns:
             Draws, (C, S, P).
+
+        Raises:
+            NonFiniteError: If the log density is not finite at a starting point.
         """
         starts = target.initial(self.num_chains, run.seed, run.init)
+        for chain, start in enumerate(starts):
+            if not torch.isfinite(value := target.log_density(start)):
+                raise NonFiniteError(
+                    f"chain {chain}, step 0: the log density is {float(value)}; check model and data, or pass `init`"
+                )
         chains, divergences = [], 0
         with run.bar(self.num_chains, "PyroMCMC chains") as bar:
             for chain, start in enumerate(starts):

@@ -1,14 +1,16 @@
-"""Tests that need the whole data cache or a browser are collected only where there is one; the run says which are not."""
+"""Tests that need the data cache or a browser are collected only where there is one; the run says which are not."""
 
 import os
 import shutil
 
 import pytest
 
+from tests.bnn_zoo.tiny import BROWSERS
+
 _MISSING = {}
 if not os.environ.get("BNN_ZOO_DATA"):
     _MISSING["test_data_cache.py"] = "BNN_ZOO_DATA is not set"
-if not (shutil.which("chromium") and shutil.which("chromedriver")):
+if not (any(map(shutil.which, BROWSERS)) and shutil.which("chromedriver")):
     _MISSING["test_browser.py"] = "chromium and chromedriver were not both found"
 collect_ignore = list(_MISSING)
 

@@ -9,6 +9,8 @@ from bnn_zoo.models import ModelSpec
 from bnn_zoo.tasks import DataSpec
 from inference.backend import Backend
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "map": {"num_steps": 60, "compile": False},
     "mean_field_vi": {"num_steps": 80, "compile": False},

@@ -71,7 +71,11 @@ MAKERS = [chains, gaussian, mixture, single, restricted]
 def _arviz_may_warn() -> Iterator[None]:
     """ArviZ warns of unreliable importance weights and constant draws (its job), and calls deprecated functions."""
     with warnings.catch_warnings():
-        for text in ("Estimated shape parameter", ".*posterior variance of the log predictive densities", ".*Your data appears"):
+        for text in (
+            "Estimated shape parameter",
+            ".*posterior variance of the log predictive densities",
+            ".*Your data appears",
+        ):
             warnings.filterwarnings("ignore", text, UserWarning)
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="arviz")
         warnings.filterwarnings("ignore", category=mpl.MatplotlibDeprecationWarning)

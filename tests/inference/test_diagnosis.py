@@ -142,7 +142,9 @@ def test_khat_is_small_for_the_exact_posterior_and_large_for_one_that_is_too_nar
 def test_khat_approaches_one_minus_the_variance_ratio() -> None:
     problem = linear_regression(dim=1)
     target = compile_target(problem.model, problem.x, problem.y)
-    narrow = GaussianPosterior(target, DenseGaussian.from_covariance(problem.mode, 0.4 * problem.covariance), backend="n")
+    narrow = GaussianPosterior(
+        target, DenseGaussian.from_covariance(problem.mode, 0.4 * problem.covariance), backend="n"
+    )
     assert pareto_khat(narrow, num_samples=20_000) == pytest.approx(0.6, abs=0.1)
 
 

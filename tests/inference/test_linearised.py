@@ -40,7 +40,9 @@ def laplace(name: str) -> tuple[GaussianPosterior, Tensor, Tensor, Tensor]:
     loc = 0.5 * torch.randn(target.dim, generator=generator)
     factor = 0.15 * torch.randn(target.dim, target.dim, generator=generator)
     covariance = factor @ factor.T + 0.01 * torch.eye(target.dim)
-    posterior = GaussianPosterior(target, DenseGaussian.from_covariance(loc, covariance), backend="L()", linearized=True)
+    posterior = GaussianPosterior(
+        target, DenseGaussian.from_covariance(loc, covariance), backend="L()", linearized=True
+    )
     jacobian = jacrev(target.eta)(loc)
     return posterior, target.eta(loc), jacobian @ covariance @ jacobian.mT, covariance
 
@@ -53,7 +55,9 @@ def brute(eta: Tensor, covariance: Tensor, num: int, seed: int = 0) -> Tensor:
     return eta + torch.einsum("nij,snj->sni", root, torch.randn(num, *eta.shape, generator=generator))
 
 
-@pytest.mark.parametrize("name", ["by_hand", "two_outputs", "two_plates", "heteroscedastic", "categorical", "student_t"])
+@pytest.mark.parametrize(
+    "name", ["by_hand", "two_outputs", "two_plates", "heteroscedastic", "categorical", "student_t"]
+)
 def test_moments_of_f_are_those_of_the_dense_formula(name: str) -> None:
     posterior, eta, covariance, _ = laplace(name)
     case = case_named(name)

@@ -241,8 +241,8 @@ def test_every_model_takes_its_posterior_as_a_guide(name: str) -> None:
     trace = pyro.poutine.trace(posterior).get_trace(case.x, case.y)
     for site in posterior.target.all_sites:
         assert tuple(trace.nodes[site.name]["value"].shape) == site.shape
-    torch.testing.assert_close(posterior.target.ravel({s.name: trace.nodes[s.name]["value"] for s in posterior.target.sites}),
-                               trace.nodes["_posterior_theta"]["value"])  # fmt: skip
+    theta = posterior.target.ravel({s.name: trace.nodes[s.name]["value"] for s in posterior.target.sites})
+    torch.testing.assert_close(theta, trace.nodes["_posterior_theta"]["value"])
     model = pyro.poutine.trace(pyro.poutine.replay(case.model(), trace=trace)).get_trace(case.x, case.y)
     assert bool(model.log_prob_sum().isfinite())
 
@@ -282,7 +282,9 @@ def test_sequential_predictive_gives_distinct_draws_that_agree_with_predict(make
 @pytest.mark.parametrize("maker", MAKERS)
 def test_parallel_predictive_gives_distinct_draws(maker: Any) -> None:
     case, posterior = case_named("broadcasting"), maker("broadcasting")
-    predictive = Predictive(case.model(), guide=posterior, num_samples=S, parallel=True, return_sites=["w", "noise", "y"])
+    predictive = Predictive(
+        case.model(), guide=posterior, num_samples=S, parallel=True, return_sites=["w", "noise", "y"]
+    )
     found = predictive(case.x)
     assert found["y"].shape[0] == S
     assert len(found["w"].reshape(S, -1).unique(dim=0)) == S
@@ -303,7 +305,9 @@ def test_sites_that_share_a_plate_work_in_predictive(parallel: bool) -> None:
     x = torch.randn(12, 3)
     target = compile_target(two_sites_in_one_plate, x, x.sum(-1))
     posterior = GaussianPosterior(target, DiagonalGaussian(torch.zeros(9), torch.ones(9)), backend="G()")
-    predictive = Predictive(two_sites_in_one_plate, guide=posterior, num_samples=S, parallel=parallel, return_sites=["w", "z"])
+    predictive = Predictive(
+        two_sites_in_one_plate, guide=posterior, num_samples=S, parallel=parallel, return_sites=["w", "z"]
+    )
     found = predictive(x)
     assert found["w"].reshape(S, 3).unique(dim=0).shape == (S, 3)
     assert found["z"].reshape(S, 6).unique(dim=0).shape == (S, 6)
@@ -311,7 +315,9 @@ def test_sites_that_share_a_plate_work_in_predictive(parallel: bool) -> None:
 
 def test_predictive_and_predict_have_the_same_moments() -> None:
     case, posterior = case_named("broadcasting"), gaussian("broadcasting")
-    found = Predictive(case.model(), guide=posterior, num_samples=20_000, parallel=True, return_sites=["y"])(case.x)["y"]
+    found = Predictive(case.model(), guide=posterior, num_samples=20_000, parallel=True, return_sites=["y"])(case.x)[
+        "y"
+    ]
     predicted = posterior.predict(case.x, num_samples=20_000)
     mean_error = ((found.var(0) + predicted.epistemic_variance) / 20_000).sqrt()
     assert ((found.mean(0) - predicted.mean).abs() < 4.5 * mean_error).all()
@@ -325,7 +331,9 @@ def test_the_guide_keeps_the_models_dtype(dtype: torch.dtype) -> None:
     case = case_named("by_hand")
     x, y = case.x.to(dtype), case.y.to(dtype)
     target = compile_target(case.model(), x, y)
-    posterior = GaussianPosterior(target, DiagonalGaussian(torch.zeros(target.dim), torch.ones(target.dim)), backend="G()")
+    posterior = GaussianPosterior(
+        target, DiagonalGaussian(torch.zeros(target.dim), torch.ones(target.dim)), backend="G()"
+    )
     found = Predictive(case.model(), guide=posterior, num_samples=3)(x)["y"]
     assert found.dtype == dtype
     assert posterior.predict(x).mean.dtype == dtype

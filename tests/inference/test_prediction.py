@@ -111,7 +111,9 @@ def test_quantiles_are_those_of_the_mixture(name: str, q: float) -> None:
     torch.testing.assert_close(predicted.cdf(found), torch.full_like(found, q), rtol=0, atol=1e-9)
     base = [f.base_dist if isinstance(f, torch.distributions.Independent) else f for f in twins]
     frozen = [
-        scipy.stats.t(df=float(f.df.flatten()[0]), loc=f.loc.flatten()[0], scale=f.scale.expand(f.batch_shape).flatten()[0])
+        scipy.stats.t(
+            df=float(f.df.flatten()[0]), loc=f.loc.flatten()[0], scale=f.scale.expand(f.batch_shape).flatten()[0]
+        )
         if name == "student_t"
         else scipy.stats.norm(f.loc.flatten()[0], f.scale.expand(f.batch_shape).flatten()[0])
         for f in base

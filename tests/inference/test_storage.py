@@ -41,10 +41,16 @@ def target_of(name: str) -> Target:
 
 def draws(target: Target) -> DrawsPosterior:
     values = 0.3 * torch.randn(2, 5, target.dim, generator=torch.Generator().manual_seed(0))
-    stats = {"diverging": torch.arange(10).reshape(2, 5) == 3, "lp": torch.rand(2, 5), "tree_depth": torch.ones(2, 5).long()}
+    stats = {
+        "diverging": torch.arange(10).reshape(2, 5) == 3,
+        "lp": torch.rand(2, 5),
+        "tree_depth": torch.ones(2, 5).long(),
+    }
     info = FitInfo(3.0, 1.5, 10, [("ConvergenceWarning", "look")], {"losses": [1.0], "tensor": torch.ones(2)})
     weights = torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
-    return DrawsPosterior(target, values, backend="D()", info=info, weights=weights, sample_stats=stats, log_evidence=-2.5)
+    return DrawsPosterior(
+        target, values, backend="D()", info=info, weights=weights, sample_stats=stats, log_evidence=-2.5
+    )
 
 
 def diagonal(target: Target) -> GaussianPosterior:
@@ -54,7 +60,9 @@ def diagonal(target: Target) -> GaussianPosterior:
 
 def low_rank(target: Target) -> GaussianPosterior:
     factor = 0.1 * torch.randn(target.dim, 2, generator=torch.Generator().manual_seed(0))
-    return GaussianPosterior(target, LowRankGaussian(torch.zeros(target.dim), torch.ones(target.dim), factor), backend="G()")
+    return GaussianPosterior(
+        target, LowRankGaussian(torch.zeros(target.dim), torch.ones(target.dim), factor), backend="G()"
+    )
 
 
 def dense(target: Target) -> GaussianPosterior:
@@ -63,7 +71,9 @@ def dense(target: Target) -> GaussianPosterior:
 
 
 def mixture(target: Target) -> MixturePosterior:
-    return MixturePosterior(target, [diagonal(target), low_rank(target), draws(target)], backend="M()", weights=torch.rand(3))
+    return MixturePosterior(
+        target, [diagonal(target), low_rank(target), draws(target)], backend="M()", weights=torch.rand(3)
+    )
 
 
 MAKERS = [draws, diagonal, low_rank, dense, mixture]
@@ -269,11 +279,15 @@ def test_the_wrong_model_is_refused_by_the_first_difference(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="'w' .* in the model|2 sites|has 1 sites"):
         load(tmp_path / "b", case_named("positive_scale").model())
     with pytest.raises(ValueError, match=r"shape \(3,\) in .* but \(3, 3\)"):
-        load(tmp_path / "b", lambda x, y=None: case_named("categorical").model()(x, None if y is None else y.long() * 0))
+        load(
+            tmp_path / "b", lambda x, y=None: case_named("categorical").model()(x, None if y is None else y.long() * 0)
+        )
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_a_failure_while_saving_leaves_the_old_posterior(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_saving_leaves_the_old_posterior(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case, target = case_named("by_hand"), target_of("by_hand")
     draws(target).save(tmp_path)
 

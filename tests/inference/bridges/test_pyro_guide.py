@@ -1,4 +1,3 @@
-import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,7 @@ def fit(guide: Any, num_steps: int = 400, **fields: Any) -> Any:
     "guide", ["AutoMultivariateNormal", "AutoNormal", "AutoDiagonalNormal", "AutoLowRankMultivariateNormal"]
 )
 def test_gaussian_guides_find_the_mean_and_their_own_variance(guide: str) -> None:
-    posterior = fit(guide, num_steps=800, num_particles=4)
+    posterior = fit(guide, num_steps=500, num_particles=4)
     draws = posterior.flat_draws
     scale = PROBLEM.covariance.diag().sqrt()
     torch.testing.assert_close((draws.mean(0) - PROBLEM.mean) / scale, torch.zeros(3), rtol=0, atol=0.35)
@@ -154,5 +153,5 @@ def test_an_elbo_that_is_not_finite_stops_with_the_step() -> None:
             pyro.sample("y", dist.Normal((1e3 * w).exp() * x, 1.0), obs=y)
 
     ones = torch.ones(3)
-    with pytest.raises(NonFiniteError, match=f"the ELBO is {-math.inf} at step 0"):
+    with pytest.raises(NonFiniteError, match="the ELBO is (nan|-inf) at step 0"):
         PyroGuideVI(num_steps=5).fit(explodes, ones, ones, init=torch.tensor([1.0]))

@@ -16,6 +16,7 @@ from tests.conjugate import beta_bernoulli, linear_regression
 from tests.tolerances import assert_mean, assert_variance
 
 PROBLEM = linear_regression()
+STEADY = {"step_size": 0.1, "adapt_step_size": False}
 
 
 def test_nuts_finds_a_conjugate_posterior() -> None:
@@ -75,14 +76,16 @@ def test_divergences_are_counted_and_warned_of() -> None:
 
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_few_draws_are_enough(num_samples: int) -> None:
-    posterior = PyroMCMC(num_samples=num_samples, warmup_steps=2).fit(PROBLEM.model, PROBLEM.x, PROBLEM.y)
+    posterior = PyroMCMC(num_samples=num_samples, warmup_steps=2, options=STEADY).fit(
+        PROBLEM.model, PROBLEM.x, PROBLEM.y
+    )
     assert posterior.draws.shape == (1, num_samples, 3)
 
 
 def test_same_seed_same_draws_and_nothing_global_changes() -> None:
     pyro.param("mine", torch.tensor(3.0))
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-    backend = PyroMCMC(num_samples=4, warmup_steps=2)
+    backend = PyroMCMC(num_samples=4, warmup_steps=2, options=STEADY)
     first, again, other = (backend.fit(PROBLEM.model, PROBLEM.x, PROBLEM.y, seed=s).draws for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -94,7 +97,9 @@ def test_same_seed_same_draws_and_nothing_global_changes() -> None:
 
 def test_one_chain_is_the_same_beside_another() -> None:
     one, two = (
-        PyroMCMC(num_samples=4, warmup_steps=2, num_chains=c).fit(PROBLEM.model, PROBLEM.x, PROBLEM.y).draws
+        PyroMCMC(num_samples=4, warmup_steps=2, num_chains=c, options=STEADY)
+        .fit(PROBLEM.model, PROBLEM.x, PROBLEM.y)
+        .draws
         for c in (1, 2)
     )
     assert torch.equal(one[0], two[0])
