@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from inference.data import Tree, index
+from inference.data import Tree, index, map_tree
 from inference.errors import ApproximationWarning, ConvergenceWarning, DivergenceWarning
 from inference.graph import CompileOption, matmul_size
 from inference.target import Target, compile_target
@@ -306,6 +306,9 @@ class Batches:
         """The next batch: leaves (M, B, ...), or the full data (N, ...) without a member dimension."""
         if self.full:
             return self.target.x, self.target.y
+        if self.num == 1:  # indexing by one row of numbers is three times faster than by a matrix of them
+            rows = self._take(0)
+            return map_tree(lambda leaf: leaf[rows].unsqueeze(0), self.target.x), self.target.y[rows].unsqueeze(0)
         rows = torch.stack([self._take(m) for m in range(self.num)])  # (M, B)
         return index(self.target.x, rows), self.target.y[rows]
 

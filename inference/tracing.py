@@ -255,7 +255,7 @@ class TracedModel:
             y: Targets (B, ...), or None for the predictive distribution only.
 
         Returns:
-            The terms of the joint density (log-likelihood zero without targets).
+            The terms of the joint density; without targets only the observed distribution, and zeros.
 
         Raises:
             UnsupportedModelError: If the model takes decisions on latent values.
@@ -324,6 +324,8 @@ def _terms(messages: list[dict[str, Any]], traced: TracedModel, batch: int, *, w
         if msg["type"] != "sample" or is_plate(msg) or is_deterministic(msg):
             continue
         frame = _data_frame(msg, traced.data_plate)
+        if not with_data and msg["name"] != traced.observed:
+            continue  # only the predictive distribution is asked for
         if msg["name"] in latent:
             log_prior = log_prior + _log_prob(msg).sum()
         elif msg["name"] == traced.observed:
