@@ -12,7 +12,8 @@ from torch.func import vmap
 
 from inference.data import chunks, index, num_data
 from inference.diagnostics import convergence
-from inference.prediction import DrawSource, draws_per_chunk, location
+from inference.mixtures import location
+from inference.prediction import DrawSource, draws_per_chunk
 from inference.psis import psis_khat
 from inference.target import check_new_inputs
 

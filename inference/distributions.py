@@ -248,6 +248,8 @@ class DenseGaussian(FlatGaussian):
         if (self.scale_tril is None) == (self.precision_tril is None):
             raise ValueError("give exactly one of scale_tril and precision_tril")
         name = "scale_tril" if self.precision_tril is None else "precision_tril"
+        # LAPACK's factors lie column by column; laid out as when loaded from a file, draws are equal to the bit.
+        object.__setattr__(self, name, getattr(self, name).contiguous())
         factor = self._factor
         _require_shape(name, factor, torch.Size([self.dim, self.dim]), "P, P")
         _require_finite(name, factor)

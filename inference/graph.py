@@ -34,7 +34,7 @@ T = TypeVar("T")
 CompileOption = bool | Literal["auto"]
 
 # Inductor needs 2-20 s for a graph and about halves the time of a call.
-_COMPILE_SECONDS = 15.0
+_COMPILE_SECONDS = 8.0
 _COMPILED_SHARE = 0.5
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from inference.curvature import CHUNK_BYTES, eta_and_jacobian, linearized_moments
 from inference.data import Tree, chunks, index, num_data
 from inference.distributions import FlatGaussian
+from inference.mixtures import Moments, Params, location, mixture_moments
 from inference.observation import LikelihoodFamily
-from inference.prediction import _MAX_ROWS, Moments, Params, location, mixture_moments, rows_per_chunk
+from inference.prediction import MAX_ROWS, rows_per_chunk
 from inference.target import Target
 
 
@@ -44,7 +45,7 @@ class LinearisedSource:
         size = 1 if self._exact else num_samples
         self.weights = gaussian.loc.new_full((size,), 1 / size)
         outputs = sum(math.prod(one[name].shape[1:]) for name in self._names)
-        self.rows = rows_per_chunk(min(num_data(x), _MAX_ROWS), max(size, outputs), one)  # J S J^T is (n, E, E)
+        self.rows = rows_per_chunk(min(num_data(x), MAX_ROWS), max(size, outputs), one)  # J S J^T is (n, E, E)
         self._generator_seed = seed
         self._last: tuple[slice, Tensor, Tensor, Params] | None = None
 
@@ -125,7 +126,7 @@ class LinearisedDraws:
         self.family, one = _first(target, gaussian, x)
         outputs = sum(math.prod(one[name].shape[1:]) for name in self.family.eta_names)
         jacobian = max(1, CHUNK_BYTES // (4 * outputs * target.dim * thetas.element_size()))
-        self.rows = rows_per_chunk(min(num_data(x), _MAX_ROWS, jacobian), len(thetas), one)
+        self.rows = rows_per_chunk(min(num_data(x), MAX_ROWS, jacobian), len(thetas), one)
         self.weights = thetas.new_full((len(thetas),), 1 / len(thetas))
 
     def params(self, rows: slice) -> Params:
@@ -144,7 +145,7 @@ class LinearisedDraws:
 
 def _first(target: Target, gaussian: FlatGaussian, x: Tree) -> tuple[LikelihoodFamily, Params]:
     """Family and parameters at the first few inputs."""
-    rows = next(chunks(num_data(x), _MAX_ROWS))
+    rows = next(chunks(num_data(x), MAX_ROWS))
     with torch.no_grad():
         one = target.parameters(gaussian.loc, index(x, rows))
     return target.family(index(x, rows)), one

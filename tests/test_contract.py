@@ -33,8 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 NAMES = list(BACKENDS)
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
-# A module, a simplex, a hierarchical scale, labels, vector targets, P = 1, N = 1; the others run with the slow tests.
-SELECTED = ["pyro_module", "simplex", "hierarchical", "categorical", "two_outputs", "one_number", "one_datum"]
+# A module, a simplex, labels, vector targets, P = 1, N = 1; the others run with the slow tests.
+SELECTED = ["pyro_module", "simplex", "categorical", "two_outputs", "one_number", "one_datum"]
 MAIN = BY_NAME["broadcasting"]  # a vector site, a positive scalar site, and extra dimensions pass through
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -445,7 +445,7 @@ def bad_values() -> list[tuple[str, str, Any]]:
 
 @pytest.mark.parametrize(("name", "field", "value"), bad_values())
 def test_a_hyperparameter_out_of_range_is_refused_by_name(name, field, value):
-    with pytest.raises(ValueError, match=rf"`{field}`.*got|has no 'nonsense'") as caught:
+    with pytest.raises((ValueError, TypeError), match=rf"`{field}`.*got|has no 'nonsense'") as caught:
         cheap(name, **{field: value})
     assert str(value) in str(caught.value)
 

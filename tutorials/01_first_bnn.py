@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A first Bayesian neural network
 #
-# A network with a prior on every weight, its posterior by NUTS, and a prediction that says how sure it is. The data have
-# a gap: an honest model is less sure there than where it saw data, and less sure still outside.
+# A network with a prior on every weight, its posterior by NUTS, and a prediction that says how sure it is. The data
+# have a gap: an honest model is less sure there than where it saw data, and less sure still outside.
 
 # %%
 import os
@@ -91,5 +91,5 @@ assert outside > 2 * at_data
 
 # %% [markdown]
 # ## Where to go next
-# `posterior.to_arviz()` opens all of ArviZ; `posterior.save("run/")` keeps it; the next tutorial swaps NUTS for eight other
-# approximations by changing one word.
+# `posterior.to_arviz()` opens all of ArviZ; `posterior.save("run/")` keeps it; the next tutorial swaps NUTS for seven
+# other approximations by changing one word.

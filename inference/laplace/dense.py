@@ -22,6 +22,8 @@ from inference.target import Target
 
 # H, the precision, its Cholesky factor and the factorisation's or the eigensolver's workspace, in float64.
 _MATRICES = 4
+# Newton decrement in nats.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ class DenseLaplace(Laplace):
             if decrement <= torch.finfo(target.dtype).eps or decrement > 0.5 * previous:
                 break
             previous = decrement
-            higher = climb(gaussian.loc, value, step, energy)
+            # Below this gain a log density cannot be told from its rounding error, but the step can still be taken.
+            higher = gaussian.loc + step if decrement < _ROUNDING else climb(gaussian.loc, value, step, energy)
             if higher is None:
                 break
             gaussian, notes = self.approximate(target, higher, run)

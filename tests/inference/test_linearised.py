@@ -165,7 +165,7 @@ def test_row_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -
     posterior, _, _, _ = laplace(name)
     case = case_named(name)
     whole = posterior.predict(case.x, num_samples=50)
-    monkeypatch.setattr("inference.linearised._MAX_ROWS", 5)
+    monkeypatch.setattr("inference.linearised.MAX_ROWS", 5)
     monkeypatch.setattr(prediction, "_KEEP_BYTES", 0)
     parts = posterior.predict(case.x, num_samples=50)
     assert len(parts._rows) == 3

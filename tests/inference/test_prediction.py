@@ -259,7 +259,7 @@ def test_mutual_information_is_zero_only_where_all_members_agree() -> None:
 @pytest.mark.parametrize("name", ["by_hand", "categorical", "poisson", "heteroscedastic"])
 def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _, _, y = made(name, weighted=True)
-    monkeypatch.setattr(prediction, "_MAX_ROWS", 5)
+    monkeypatch.setattr(prediction, "MAX_ROWS", 5)
     monkeypatch.setattr(prediction, "_KEEP_BYTES", 0)
     parts, _, _, _ = made(name, weighted=True, chunk_size=3)
     assert whole._kept is not None
