@@ -58,9 +58,9 @@ class Diagnosis:
         """Whether nothing was found to worry about."""
         return not self.warnings
 
-    def summary(self) -> dict[str, float | int | None]:
+    def summary(self) -> dict[str, float | int | str | None]:
         """The figures as scalars, for tables and JSON (None where they have no meaning)."""
-        figures: dict[str, float | int | None] = {
+        figures: dict[str, float | int | str | None] = {
             "rhat_weights_median": _quantile(self.rhat_weights, 0.5),
             "rhat_weights_above_1.1": _share_above(self.rhat_weights),
             "rhat_functions_median": _quantile(self.rhat_functions, 0.5),
@@ -70,7 +70,7 @@ class Diagnosis:
             "ess_tail_functions_median": _quantile(self.ess_tail_functions, 0.5),
             "divergences": self.divergences,
             "depth_saturated": self.depth_saturated,
-            "khat": self.khat if math.isfinite(self.khat) else None,
+            "khat": "inf" if self.khat == math.inf else self.khat if math.isfinite(self.khat) else None,
         }
         return figures
 
@@ -78,7 +78,7 @@ class Diagnosis:
         lines = [f"{self.backend}: " + ("nothing to worry about found" if self.trusted else "read the warnings")]
         for name, value in self.summary().items():
             if value is not None:
-                lines.append(f"  {name:28s} {value:.4g}")
+                lines.append(f"  {name:28s} {value if isinstance(value, str) else format(value, '.4g')}")
         return "\n".join(lines + [f"  ! {w}" for w in self.warnings])
 
 
