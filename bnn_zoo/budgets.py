@@ -32,7 +32,7 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "map": {"num_steps": 2000},
         "mean_field_vi": {"num_steps": 5000},
         "hmc": {"num_samples": 100, "warmup_steps": 150, "num_chains": 2, "max_leapfrogs": 100},
-        "nuts": {"num_samples": 150, "warmup_steps": 200, "num_chains": 4, "max_tree_depth": 6},
+        "nuts": {"num_samples": 250, "warmup_steps": 200, "num_chains": 4, "max_tree_depth": 7},
         "dense_laplace": {"start": MAP(num_steps=2000)},
         "diagonal_laplace": {"start": MAP(num_steps=2000)},
         "swag": {"num_steps": 6000, "batch_size": 100, "optimiser": "adam"},

@@ -49,6 +49,30 @@ def find_observed(messages: list[dict[str, Any]]) -> dict[str, Any]:
     return found[0]
 
 
+def check_support(message: dict[str, Any]) -> None:
+    """Refuse targets that the declared likelihood cannot produce.
+
+    Args:
+        message: The observed site's message.
+
+    Raises:
+        ValueError: Naming the support and the first row outside it.
+    """
+    fn, _ = unwrap(message["fn"])
+    # A support that depends on latent values (other than on their number) says nothing at one draw of them.
+    if isinstance(type(fn).support, constraints._DependentProperty) and not isinstance(
+        fn, dist.Categorical | dist.Binomial
+    ):
+        return
+    inside = fn.support.check(message["value"])
+    if not bool(inside.all()):
+        rows = (~inside).nonzero()
+        raise ValueError(
+            f"{len(rows)} values of y are outside the support of site {message['name']!r}, {type(fn).__name__} on "
+            f"{fn.support} (first at row {int(rows[0, 0])}); choose another likelihood or correct them"
+        )
+
+
 def refuse_messages(messages: list[dict[str, Any]]) -> None:
     """Refuse parameters without a prior and discrete or degenerate latent sites.
 

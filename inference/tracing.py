@@ -23,6 +23,7 @@ from inference.data import Tree, num_data
 from inference.errors import UnsupportedModelError
 from inference.observation import bijection
 from inference.refusals import (
+    check_support,
     find_observed,
     is_deterministic,
     is_factor,
@@ -210,6 +211,7 @@ class TracedModel:
             message = find_observed(first)
             self.observed: str = message["name"]
             self.data_plate = _find_data_plate(message, self.num_data, y.dim())
+            check_support(message)
             refuse_messages(first)
             first, second = self._record(None, None, x, y), self._record(None, None, x, y)
         self.sites = _find_sites(first, self.data_plate)

@@ -47,7 +47,7 @@ class DeepEnsemble(Backend):
         num_members: Networks M, >= 1.
         num_steps: Optimiser steps of each member, >= 1.
         step_size: Learning rate at the start, on the mean loss.
-        batch_size: Data per step and member; None for the loader's, or else all.
+        batch_size: Data per step and member; None for the loader's, or else 100.
         optimiser: "adam", "sgd" (momentum 0.9) or "adagrad".
         schedule: "cosine" (to 0) or "constant".
         prior: Keep the model's prior in the loss.
@@ -58,7 +58,7 @@ class DeepEnsemble(Backend):
     num_members: int = 5
     num_steps: int = 2000
     step_size: float = 1e-2
-    batch_size: int | None = 100
+    batch_size: int | None = None
     optimiser: OptimiserName = "adam"
     schedule: ScheduleName = "cosine"
     prior: bool = True
@@ -93,7 +93,7 @@ class DeepEnsemble(Backend):
         recipe = Recipe(
             num_steps=self.num_steps,
             step_size=self.step_size,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or target.batch_size or 100,
             optimiser=self.optimiser,
             schedule=self.schedule,
         )

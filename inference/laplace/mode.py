@@ -29,8 +29,15 @@ def find_mode(target: Target, run: Run, start: MAP | None, polish_steps: int) ->
 
     Returns:
         The mode, shape (P,).
+
+    Raises:
+        ValueError: If there is neither an optimiser nor a starting point.
     """
     if start is None:
+        if run.init is None and not target.initial_sites:
+            raise ValueError(
+                "`start=None` takes the mode from `init`, but none was given; pass a MAP posterior or a theta"
+            )
         return target.initial(1, run.seed, run.init)[0]
     start = replace(start, jacobian=True, polish=False)
     theta = start.fit_target(target, run.sub(start, run.init)).mean_theta

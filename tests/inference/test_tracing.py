@@ -304,3 +304,24 @@ def test_discovery_does_not_depend_on_the_callers_random_state() -> None:
     first = compile_target(sometimes, X, Y).initial(2, seed=0)
     torch.manual_seed(2)
     assert torch.equal(compile_target(sometimes, X, Y).initial(2, seed=0), first)
+
+
+def test_targets_outside_the_declared_support_are_refused_by_row() -> None:
+    def waiting(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Exponential(rate), obs=y)
+
+    x, y = torch.zeros(3, 1), torch.tensor([1.0, -1.0, 2.0])
+    with pytest.raises(ValueError, match=r"1 values of y are outside the support of site 'y', Exponential.*row 1"):
+        compile_target(waiting, x, y)
+
+
+def test_class_labels_beyond_the_number_of_classes_are_refused() -> None:
+    def labels(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+    with pytest.raises(ValueError, match="outside the support"):
+        compile_target(labels, torch.zeros(2, 1), torch.tensor([0, 3]))

@@ -343,3 +343,14 @@ def test_the_repr_recreates_the_backend() -> None:
     backend = DenseLaplace(curvature="fisher", start=None, newton_steps=3)
     assert eval(repr(backend), {"DenseLaplace": DenseLaplace, "MAP": MAP}) == backend
     assert eval(repr(DenseLaplace()), {"DenseLaplace": DenseLaplace, "MAP": MAP}) == DenseLaplace()
+
+
+def test_no_optimiser_and_no_starting_point_is_refused() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="`start=None` takes the mode from `init`"):
+        DenseLaplace(start=None).fit(model, x, x)
