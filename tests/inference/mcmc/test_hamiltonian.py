@@ -76,7 +76,7 @@ def test_constrained_site_has_the_jacobian(backend: type) -> None:
 @BACKENDS
 def test_sample_statistics_have_the_names_of_arviz(backend: type) -> None:
     x, y = data()
-    posterior = backend(num_samples=20, warmup_steps=30, num_chains=3).fit(linear, x, y, seed=0)
+    posterior = backend(num_samples=20, warmup_steps=100, num_chains=3).fit(linear, x, y, seed=0)
     stats = posterior.sample_stats
     assert set(stats) == {"diverging", "tree_depth", "n_steps", "acceptance_rate", "energy", "lp", "step_size"}
     assert {tuple(v.shape) for v in stats.values()} == {(3, 20)}
