@@ -96,8 +96,10 @@ def diagnose(posterior: Posterior, x: Any = None) -> Diagnosis:
 
     empty = np.array([math.nan])
     found = Diagnosis(posterior.backend_name, empty, empty, empty, empty, None, None, math.nan)
-    # Divergences are counted again below, for chains and for loaded posteriors alike.
-    found.warnings += [text for name, text in posterior.info.warnings if name != "DivergenceWarning"]
+    # Divergences and tree depths are counted again below, for chains and for loaded posteriors alike.
+    found.warnings += [
+        text for name, text in posterior.info.warnings if name != "DivergenceWarning" and "max_tree_depth=" not in text
+    ]
     if isinstance(posterior, DrawsPosterior) and "chains" in getattr(posterior.backend, "capabilities", ()):
         _examine_chains(posterior, x, found)
     if posterior.has_log_density:
