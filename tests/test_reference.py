@@ -1,0 +1,42 @@
+"""NUTS as the reference on UCI data: ten minutes of four chains each, so only in the slow stage."""
+
+import warnings
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+
+from bnn_models import MLP, likelihoods, priors
+from bnn_zoo.data import load
+from inference import MAP, NUTS
+
+# Reached on two shared cores: share of test inputs with R-hat < 1.1 and test NLL against MAP's, in original units.
+# concrete 100 % (3.06 against 3.35), energy 97 % (0.32 against 0.56), yacht 61 % (-0.52 against 1.32).
+MIXES = {"concrete": True, "energy": True, "yacht": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXES)
+def test_ten_minutes_of_nuts_beat_map_and_mix_or_say_that_they_do_not(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    data = load(name)
+    model = MLP(
+        [data.num_features, 50, 1],
+        activation="tanh",
+        prior=priors.Normal(scale="fan_in"),
+        likelihood=likelihoods.Normal(scale=dist.HalfNormal(1.0)),
+    )
+    mode = MAP().fit(model, data.x_train, data.y_train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # stopped by its time limit, and at its greatest depth: both are meant
+        posterior = NUTS(
+            num_samples=2000, warmup_steps=300, num_chains=4, max_tree_depth=9 if MIXES[name] else 10, max_seconds=560
+        ).fit(model, data.x_train, data.y_train, seed=0)
+    gain = posterior.predict(data.x_test).log_prob(data.y_test) - mode.predict(data.x_test).log_prob(data.y_test)
+    assert float(gain.mean()) > 0.1
+    found = posterior.diagnose(data.x_test)
+    mixed = float(np.mean(found.rhat_functions < 1.1)) >= 0.95
+    assert mixed or not MIXES[name]
+    # Where chains disagree the diagnosis, and so the report, says so.
+    assert mixed or any("the chains disagree" in text for text in found.warnings)
