@@ -132,6 +132,13 @@ class Target:
             ValueError: If only one of x and y is given.
 
         Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(x, y=None):
+            ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(x)):
+            ...         return pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+            >>> target = compile_target(model, torch.arange(3.0), torch.ones(3))
+            >>> theta = torch.tensor([0.5])
             >>> joint = target.log_prior(theta) + target.log_likelihood(theta).sum()
             >>> torch.allclose(joint, target.log_density(theta))
             True

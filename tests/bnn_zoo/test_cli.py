@@ -189,8 +189,10 @@ def test_lists_name_everything_in_copyable_lines() -> None:
     assert [line.split("\t")[0] for line in lines[1:]] == list(BACKENDS)
     lines = bnn_zoo("data", "list", "--tsv").stdout.splitlines()
     assert [line.split("\t")[0] for line in lines[1:]] == [entry.name for entry in available()]
-    table = bnn_zoo("list", "backends").stdout
+    table = bnn_zoo("list", "backends", "--tsv").stdout
     assert all(entry.bias in table for entry in BACKENDS.values())
+    words = bnn_zoo("list", "backends").stdout.split()  # wrapped to the width of the terminal
+    assert all(word in words for entry in BACKENDS.values() for word in entry.bias.split()[:1])
 
 
 def test_installed_command_explains_itself_and_its_errors() -> None:
