@@ -33,7 +33,6 @@ app.add_typer(data_app, name="data")
 @app.command(help=help_texts.COMPARE)
 @opt.explained
 def compare(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where tables, report, plots and posteriors go.")],
     data: opt.DataName = None,
     csv: opt.Csv = None,
     target: opt.Target = None,
@@ -57,6 +56,12 @@ def compare(
     budget: opt.Budget = "standard",
     changes: opt.Changes = None,
     seed: opt.Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where tables, report, plots and posteriors go; runs/ and the data's name if left out."
+        ),
+    ] = None,
     threads: opt.Threads = 1,
     overwrite: opt.Overwrite = False,
     resume: Annotated[
@@ -76,8 +81,10 @@ def compare(
         names = tuple(dict.fromkeys((*names, reference)))
     elif reference is None:
         reference = next((name for name in ("nuts", "hmc") if name in names), None)
+    spec = opt.data_spec(data, csv, target, task, missing, constant, ignore, test_fraction, split)
+    out = out or Path("runs") / (data or (csv.stem if csv is not None else "comparison"))
     what = Comparison(
-        data=opt.data_spec(data, csv, target, task, missing, constant, ignore, test_fraction, split),
+        data=spec,
         model=opt.model_spec(model, hidden, activation, prior),
         backends=make_backends(names, budget, changes or []),
         reference=None if reference == "none" else reference,

@@ -231,3 +231,15 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     assert run.returncode == 130
     assert "The same command goes on from there" in rest
     assert [file.name for file in (out / "rows").glob("*.json")] == ["map.json"]
+
+
+def test_one_line_compares_on_a_csv_and_names_its_folder_after_it(
+    houses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--csv", houses, "--target", "price", "--model", "linear", "--backends", "map")
+    result = bnn_zoo("compare", *options, *settings("map"))
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "runs" / "houses" / "results.json").read_text())
+    assert [row["backend"] for row in figures["rows"]] == ["map"]
+    assert (tmp_path / "runs" / "houses" / "report.html").exists()
