@@ -448,7 +448,7 @@ class Target:
     def _random_start(self, seed: int, index: int) -> Tensor:
         generator = self.stream(seed, index)
         draws = self._prior_draws
-        median = draws.median(0).values
+        median = self._prior_median
         # A random combination of prior draws, not one of them: members that share a start would never part.
         weights = torch.randn(draws.shape[0], generator=generator, dtype=self.dtype, device=self.device)
         start = median + 0.1 * draws.shape[0] ** -0.5 * (weights @ (draws - median))
@@ -459,6 +459,10 @@ class Target:
                 if piece is not None:
                     start[piece] = scale * noise[piece]
         return self.reduce(start)
+
+    @cached_property
+    def _prior_median(self) -> Tensor:
+        return self._prior_draws.median(0).values
 
     @cached_property
     def _prior_draws(self) -> Tensor:
