@@ -12,18 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from inference.layout import is_dense, same_layout, value_of
+from inference.layout import RESHAPES, is_dense, same_layout, value_of
 
 aten = torch.ops.aten
 
-_RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-}
 _SUMS = {aten.sum.default, aten.sum.dim_IntList}
 # Offsets up to this size (normalising constants of log densities) may change place: it costs at most as many units of
 # relative rounding error per element, in nats.
@@ -61,7 +53,7 @@ def _joined(graph: fx.Graph, node: fx.Node, frozen: set[fx.Node]) -> fx.Node | N
     inner = _single(node.args[0], frozen)
     if inner is None:
         return None
-    if node.target in _RESHAPES or node.target in _SUMS:
+    if node.target in RESHAPES or node.target in _SUMS:
         return _moved(graph, node, inner)
     outer = affine(node)
     if outer is None or not _harmless(inner, outer):

@@ -10,6 +10,16 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
+# Operations that give the same elements in the same order another shape.
+RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+}
+
 # Views whose schemas do not say so.
 _UNDECLARED_VIEWS = {operator.getitem, aten._unsafe_view.default, aten.reshape.default}
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from inference.affine import merge_affine, uniform
-from inference.layout import alias_root, frozen_nodes, mutates, same_layout, value_of
+from inference.layout import RESHAPES, alias_root, frozen_nodes, mutates, same_layout, value_of
 
 aten = torch.ops.aten
 
@@ -55,14 +55,6 @@ _NEUTRAL = {
     aten.sub.Tensor: 0.0,
     aten.sub.Scalar: 0.0,
     aten.pow.Tensor_Scalar: 1.0,
-}
-_RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.default,
 }
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 _COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
@@ -204,7 +196,7 @@ def _same_as(module: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> fx.
             return _if_alike(source.args[0], node)
         if node.target is aten.log.default and source.target is aten.exp.default:
             return _if_alike(source.args[0], node)
-        if node.target in _RESHAPES:
+        if node.target in RESHAPES:
             return _if_alike(source, node) or _before_reshapes(source, node, frozen)
     if node.target in _VIEWS:
         return _if_alike(source, node)
@@ -220,7 +212,7 @@ def _if_alike(source: Any, node: fx.Node) -> fx.Node | None:
 
 
 def _before_reshapes(source: Any, node: fx.Node, frozen: set[fx.Node]) -> fx.Node | None:
-    while source.target in _RESHAPES and source not in frozen:
+    while source.target in RESHAPES and source not in frozen:
         source = source.args[0]
         if _if_alike(source, node):
             return source
@@ -265,7 +257,7 @@ def _source_of_total(node: fx.Node, frozen: set[fx.Node]) -> Any:
             break
         if source.target is aten.sum.dim_IntList and (source.kwargs or not out.is_floating_point()):
             break
-        same_count = source.target in _RESHAPES or source.target is aten.expand.default
+        same_count = source.target in RESHAPES or source.target is aten.expand.default
         if source.target is not aten.sum.dim_IntList and not (same_count and out.numel() == earlier.numel()):
             break
         source = before
