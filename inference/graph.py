@@ -7,12 +7,13 @@ Pyro, no autograd tape and no Python of ours in it, and may be vectorised or dif
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,8 +24,10 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from inference.products import arrange_products
 from inference.simplify import simplify
 
 logger = logging.getLogger(__name__)
@@ -33,9 +36,12 @@ aten = torch.ops.aten
 T = TypeVar("T")
 CompileOption = bool | Literal["auto"]
 
-# Inductor needs 2-20 s for a graph and about halves the time of a call.
-_COMPILE_SECONDS = 8.0
-_COMPILED_SHARE = 0.5
+# Inductor needs 3-5 s for the graph of a small network; a call then takes a fifth to a half of the time.
+_COMPILE_SECONDS = 5.0
+_COMPILED_SHARE = 0.35
+# With the calling code in C++ too, building takes some 4 s more, and a call loses the 20 us that Python spends in it.
+_WRAPPER_SECONDS = 4.0
+_WRAPPER_SHARE = 2e-5
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,15 @@ def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final:
 
     def record() -> fx.GraphModule:
         # One mode for the whole recording: make_fx makes a new one for every tensor otherwise, two thirds of its time.
-        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        # Attention as plain products: the fused kernels take a seed even without dropout and have no second derivative.
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), sdpa_kernel(SDPBackend.MATH):
             module = make_fx(flattened)(*flat)
         _detach_constants(module)
         module = _without_mutation(module, flat)
         simplify(module)
         if final:
             _rewrite(module)
+            arrange_products(module, flat)
         return module
 
     module = outside_transforms(record)
@@ -160,7 +168,7 @@ def hot(fn: Callable[..., Any], *example: Any, compile: CompileOption = "auto", 
     """
     captured = capture(fn, *example)
     if compile is True or (compile == "auto" and worth_compiling(captured, num_calls)):
-        call, compiled = _inductor(captured.module, pytree.tree_leaves(example))
+        call, compiled = _inductor(captured.module, pytree.tree_leaves(example), num_calls)
         return Captured(captured.module, call, captured.in_spec, captured.out_spec, compiled)
     return captured
 
@@ -300,19 +308,26 @@ def _tanh_through_sigmoid(graph: fx.Graph, node: fx.Node, value: Tensor) -> None
     node.replace_all_uses_with(shifted)
 
 
-def _inductor(module: fx.GraphModule, flat: list[Any]) -> tuple[Callable[..., Any], bool]:
+def _inductor(module: fx.GraphModule, flat: list[Any], num_calls: float = 0) -> tuple[Callable[..., Any], bool]:
     if not compiler_available():
         logger.warning("no C++ compiler found: running the recorded graph without compilation")
         return module.forward, False
 
-    def build() -> Callable[..., Any]:
+    def build(cpp_wrapper: bool) -> Callable[..., Any]:
+        fused = fx.GraphModule(module, copy.deepcopy(module.graph))
+        arrange_products(fused, list(flat), fused=True)
+        for node in fused.graph.nodes:
+            node.meta.pop("val", None)  # Inductor would take shapes from it, and refuses fake tensors of several modes
         # Straight to Inductor: torch.compile's guards cost 15-50 us a call, as much as a small leapfrog.
-        call: Any = torch._inductor.compile(module, list(flat))
+        call: Any = torch._inductor.compile(fused, list(flat), {"cpp_wrapper": cpp_wrapper})
         call(*flat)
         return call
 
-    try:
-        return outside_transforms(build), True
-    except Exception as error:  # Inductor raises many types; the eager graph is always right
-        logger.warning("compilation failed (%s): running the recorded graph without it", type(error).__name__)
-        return module.forward, False
+    on_cpu = all(a.device.type == "cpu" for a in flat)
+    for cpp_wrapper in (True, False) if on_cpu and num_calls * _WRAPPER_SHARE > _WRAPPER_SECONDS else (False,):
+        try:
+            return outside_transforms(partial(build, cpp_wrapper)), True
+        except Exception as error:  # Inductor raises many types; the eager graph is always right
+            instead = "trying without the C++ wrapper" if cpp_wrapper else "running the recorded graph without it"
+            logger.warning("compilation failed (%s): %s", type(error).__name__, instead)
+    return module.forward, False

@@ -183,3 +183,22 @@ def test_compiled_graph_is_the_function_with_and_without_grad_mode() -> None:
     with torch.no_grad():
         torch.testing.assert_close(captured(w, x), fn(w, x), rtol=1e-9, atol=1e-9)
     assert not captured(w, x).requires_grad
+
+
+@pytest.mark.compiler
+def test_a_long_run_is_compiled_with_its_calling_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = []
+    original = torch._inductor.compile
+
+    def compile_(module: Any, flat: Any, chosen: dict[str, Any]) -> Any:
+        options.append(chosen["cpp_wrapper"])
+        return original(module, flat, chosen)
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_)
+    fn = vmap(grad(energy), in_dims=(0, None))
+    w, x = draw(4, 3), draw(5, 3, seed=1)
+    for num_calls in (1e3, 1e7):
+        captured = hot(fn, w, x, compile=True, num_calls=num_calls)
+        assert captured.compiled
+        torch.testing.assert_close(captured(w, x), fn(w, x), rtol=1e-9, atol=1e-9)
+    assert options == [False, True]
