@@ -88,7 +88,8 @@ class Backend:
             UnsupportedModelError: If the model cannot be recorded.
             ValueError: If data or ``init`` are unusable.
         """
-        return self.fit_to(compile_target(model, x, y), seed=seed, init=init)
+        target = compile_target(model, x, y, batch_size=getattr(self, "batch_size", None))
+        return self.fit_to(target, seed=seed, init=init)
 
     def fit_to(self, target: Target, *, seed: int = 0, init: Any = None) -> Posterior:
         """Approximate the posterior of a compiled target.
@@ -229,11 +230,13 @@ class Batches:
         """The next batch: leaves (M, B, ...), or the full data (N, ...) without a member dimension."""
         if self.full:
             return self.target.x, self.target.y
-        if self.num == 1:  # indexing by one row of numbers is three times faster than by a matrix of them
-            rows = self._take(0)
-            return map_tree(lambda leaf: leaf[rows].unsqueeze(0), self.target.x), self.target.y[rows].unsqueeze(0)
-        rows = torch.stack([self._take(m) for m in range(self.num)])  # (M, B)
-        return index(self.target.x, rows), self.target.y[rows]
+        rows = self._take(0) if self.num == 1 else torch.cat([self._take(m) for m in range(self.num)])  # (M B,)
+
+        def select(leaf: Tensor) -> Tensor:
+            # copies whole rows, where indexing copies elements: eight times faster for 100 rows of 784
+            return leaf.index_select(0, rows).unflatten(0, (self.num, self.size))
+
+        return map_tree(select, self.target.x), select(self.target.y)
 
     def example(self) -> tuple[Tree, Tensor]:
         """Data of the shape of :meth:`next`, drawing nothing."""
@@ -268,9 +271,8 @@ def stacked(target: Target, num: int, batch_size: int) -> bool:
     """
     if num == 1 or target.device.type != "cpu":
         return True
-    share = batch_size / target.num_data
-    largest = max((matmul_size(n) for n in target.recorded().graph.nodes if n.op == "call_function"), default=0)
-    return largest * share <= _BUSY_MULTIPLICATIONS
+    graph = target.recorded(batch_size).graph
+    return max((matmul_size(n) for n in graph.nodes if n.op == "call_function"), default=0) <= _BUSY_MULTIPLICATIONS
 
 
 def check_positive(owner: Any, *names: str) -> None:

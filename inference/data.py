@@ -34,6 +34,12 @@ def shapes(x: Tree) -> tuple[Any, ...]:
     return (str(spec), *((tuple(leaf.shape), leaf.dtype) for leaf in leaves))
 
 
+def floating_dtype(x: Tree) -> torch.dtype:
+    """Dtype of the first floating leaf, or torch's default."""
+    found = [leaf.dtype for leaf in pytree.tree_leaves(x) if leaf.is_floating_point()]
+    return found[0] if found else torch.get_default_dtype()
+
+
 def chunks(total: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most ``size`` that cover ``range(total)``."""
     for start in range(0, total, size):

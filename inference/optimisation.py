@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
+from inference.adam import Adam
 from inference.backend import Bar, Batches, Run, stacked
 from inference.data import Tree, map_tree
+from inference.double import in_double
 from inference.errors import NonFiniteError
 from inference.graph import hot
 from inference.target import Target
@@ -28,6 +29,7 @@ from inference.target import Target
 Loss = Callable[[Tensor, Tree, Tensor], Tensor]
 Program = Callable[[Tensor, Tree, Tensor], tuple[Tensor, Tensor]]
 Callback = Callable[[int, slice, Tensor], None]
+Update = Callable[[Tensor, float], None]
 OptimiserName = Literal["adam", "sgd", "adagrad"]
 ScheduleName = Literal["constant", "cosine"]
 
@@ -84,19 +86,31 @@ class Recipe:
     schedule: ScheduleName | Callable[[int], float] = "cosine"
     momentum: float = 0.9
 
-    def optimiser_for(self, theta: Tensor) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-        """Build torch's optimiser and schedule on a stacked tensor (M, P)."""
-        if self.optimiser == "adam":
-            optimiser: torch.optim.Optimizer = torch.optim.Adam([theta], lr=self.step_size, fused=True)
-        elif self.optimiser == "adagrad":
-            optimiser = torch.optim.Adagrad([theta], lr=self.step_size)
-        else:
-            optimiser = torch.optim.SGD([theta], lr=self.step_size, momentum=self.momentum, fused=True)
+    def rate(self, step: int) -> float:
+        """Learning rate after ``step`` steps."""
         if callable(self.schedule):
-            return optimiser, LambdaLR(optimiser, self.schedule)
+            return self.step_size * self.schedule(step)
         if self.schedule == "cosine":
-            return optimiser, CosineAnnealingLR(optimiser, self.num_steps)
-        return optimiser, None
+            return self.step_size * 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+        return self.step_size
+
+    def update_for(self, theta: Tensor) -> Update:
+        """Function of a gradient (M, P) and a learning rate that moves a stacked tensor (M, P) in place."""
+        if self.optimiser == "adam":
+            return Adam(theta).step
+        if self.optimiser == "adagrad":
+            optimiser: torch.optim.Optimizer = torch.optim.Adagrad([theta])
+        else:
+            optimiser = torch.optim.SGD([theta], momentum=self.momentum, fused=True)
+
+        def update(gradient: Tensor, rate: float) -> None:
+            # A graph may return a transposed view, and fused optimisers read memory in theta's own order.
+            theta.grad = gradient.contiguous()
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.step()
+            theta.grad = None
+
+        return update
 
 
 @dataclass(frozen=True)
@@ -217,8 +231,8 @@ def descend(
     Raises:
         NonFiniteError: If a loss or theta stops being finite.
     """
-    theta = start.detach().clone()
-    optimiser, schedule = recipe.optimiser_for(theta)
+    theta = start.detach().clone(memory_format=torch.contiguous_format)
+    update = recipe.update_for(theta)
     losses = torch.zeros(theta.shape[0], dtype=theta.dtype, device=theta.device)
     with torch.no_grad():
         for step in range(1, recipe.num_steps + 1):
@@ -226,37 +240,39 @@ def descend(
             mean = float(losses.mean())
             if not math.isfinite(mean):
                 raise NonFiniteError(_where(target, theta, grads, losses, step, members))
-            # A graph may return a transposed view, and fused optimisers read memory in theta's own order.
-            theta.grad = grads.contiguous()
-            optimiser.step()
-            if schedule is not None:
-                schedule.step()
+            update(grads, recipe.rate(step - 1))
             if callback is not None:
                 callback(step, members, theta)
             bar.advance(1, loss=mean)
     run.count(recipe.num_steps * batches.cost * theta.shape[0])
-    theta.grad = None
     if not torch.isfinite(theta).all():
         raise NonFiniteError(_where(target, theta, theta, losses, recipe.num_steps, members))
     return Trained(theta, losses)
 
 
-def polish(target: Target, run: Run, start: Tensor, loss: Loss, max_steps: int = 200) -> Tensor:
-    """Finish one member by full-batch L-BFGS with strong-Wolfe line search; never ends higher than it began.
+def polish(
+    target: Target,
+    run: Run,
+    start: Tensor,
+    loss_of: Callable[[Target], Loss] = energy_per_datum,
+    max_steps: int = 200,
+) -> Tensor:
+    """Finish one member by full-batch L-BFGS with strong-Wolfe line search, in float64; never ends higher.
 
     Args:
         target: The model and all its data.
         run: Counts the gradients.
         start: (P,).
-        loss: Loss of one member.
+        loss_of: Loss of one member of a target; called with the float64 twin of ``target``.
         max_steps: Largest number of L-BFGS iterations.
 
     Returns:
         (P,).
     """
-    example = (start, target.x, target.y)
+    target = in_double(target)
+    theta = start.detach().to(target.dtype, copy=True)
+    loss, example = loss_of(target), (theta, target.x, target.y)
     program = hot(grad_and_value(loss), *example, compile=run.backend.compile, num_calls=1.3 * max_steps)
-    theta = start.detach().clone()
     optimiser = torch.optim.LBFGS(
         [theta],
         max_iter=max_steps,
@@ -277,7 +293,7 @@ def polish(target: Target, run: Run, start: Tensor, loss: Loss, max_steps: int =
         _, after = program(theta, target.x, target.y)
     run.count(len(values) + 1)
     theta.grad = None
-    return theta if float(after) <= values[0] else start
+    return theta.to(start.dtype) if float(after) <= values[0] else start
 
 
 def _where(target: Target, theta: Tensor, grads: Tensor, losses: Tensor, step: int, members: slice) -> str:

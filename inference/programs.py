@@ -12,7 +12,8 @@ from inference.data import Tree, map_tree, num_data, shapes
 from inference.errors import UnsupportedModelError
 from inference.graph import Captured, capture, mutating_nodes, outside_transforms, random_nodes
 from inference.observation import LikelihoodFamily, family_of, parameter_tensors
-from inference.tracing import Site, Terms, TracedModel, isolated
+from inference.sites import Site
+from inference.tracing import Terms, TracedModel, isolated
 
 
 class Programs:
@@ -65,6 +66,10 @@ class Programs:
 
             self.families[key] = outside_transforms(describe)
         return self.families[key]
+
+    def any_joint(self) -> fx.GraphModule | None:
+        """A graph behind :meth:`joint` for inputs of any shape, if one was recorded."""
+        return next((c.module for key, c in self.cache.items() if key[0] == "joint"), None)
 
     @property
     def dim(self) -> int:

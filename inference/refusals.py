@@ -15,7 +15,8 @@ from inference.errors import UnsupportedModelError
 from inference.observation import is_discrete, unwrap
 
 if TYPE_CHECKING:
-    from inference.tracing import Model, Site
+    from inference.sites import Site
+    from inference.tracing import Model
 
 
 def find_observed(messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,21 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import grad_and_value, vmap
-from torch.utils import _pytree as pytree
 
-from inference.data import Tree, check_data, check_inputs, index, map_tree, num_data
+from inference.coordinates import Coordinates
+from inference.data import Tree, check_data, check_inputs, floating_dtype, index, map_tree, num_data
 from inference.errors import UnsupportedModelError
 from inference.graph import CompileOption, hot
 from inference.layers import Layer, find_layers
 from inference.observation import LikelihoodFamily
 from inference.programs import Programs
-from inference.tracing import Model, Site, TracedModel, isolated
+from inference.sites import Site
+from inference.starting import random_stream, sample_prior, starting_points
+from inference.tracing import Model, TracedModel, isolated
 
 __all__ = ["Site", "Target", "UnsupportedModelError", "compile_target"]
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Coordinates):
     """Log density of the weights given the data, as pure functions of a flat theta.
 
     Attributes:
@@ -62,42 +64,15 @@ class Target:
     initial_sites: Mapping[str, Tensor] | None = None
     compile: CompileOption = "auto"
 
-    # -- sizes ---------------------------------------------------------------------------------------------------
-
-    @property
-    def dim(self) -> int:
-        """Number of entries P of theta."""
-        return self.sites[-1].stop
-
-    @property
-    def full_dim(self) -> int:
-        """Number of entries of the unrestricted theta."""
-        return self.programs.dim
-
     @property
     def num_data(self) -> int:
         """Number of training data N."""
         return num_data(self.x)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating dtype of theta."""
-        return self.programs.traced.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of theta and of the data."""
-        return self.y.device
-
-    @property
     def model(self) -> Model:
         """The Pyro callable."""
         return self.programs.traced.model
-
-    @property
-    def all_sites(self) -> tuple[Site, ...]:
-        """Every latent site of the model, with slices of the full theta."""
-        return self.programs.traced.sites
 
     @property
     def observed(self) -> str:
@@ -258,46 +233,6 @@ class Target:
         x = self.x if x is None else x
         return self.family(x).to_eta(self.parameters(theta, x))
 
-    # -- flat and named ----------------------------------------------------------------------------------------------
-
-    def unravel(self, theta: Tensor) -> dict[str, Tensor]:
-        """Constrained values by site name; a restricted target fills in the fixed sites.
-
-        Args:
-            theta: (..., P).
-
-        Returns:
-            Tensors (..., *site shape), for every latent site of the model.
-        """
-        full = self.expand(theta)
-        return {s.name: s.constrain(full[..., s.start : s.stop]) for s in self.all_sites}
-
-    def ravel(self, sites: Mapping[str, Tensor]) -> Tensor:
-        """Flat unconstrained vector of constrained values.
-
-        Args:
-            sites: Tensors (..., *site shape), at least for this target's sites.
-
-        Returns:
-            (..., P).
-
-        Raises:
-            ValueError: If a site is missing, misshapen or outside its support.
-        """
-        pieces = []
-        for site in self.sites:
-            if site.name not in sites:
-                raise ValueError(f"no value for site {site.name!r}; expected {[s.name for s in self.sites]}")
-            value = torch.as_tensor(sites[site.name], dtype=self.dtype, device=self.device)
-            lead = value.shape[: value.dim() - len(site.shape)]
-            if value.shape[len(lead) :] != site.shape:
-                raise ValueError(f"site {site.name!r} has shape {tuple(value.shape)}, expected (..., {site.shape})")
-            flat = site.transform.inv(value).reshape((*lead, site.size))
-            if not torch.isfinite(flat).all():
-                raise ValueError(f"site {site.name!r} holds values outside its support {site.support}")
-            pieces.append(flat)
-        return torch.cat(pieces, -1)
-
     # -- derived targets ---------------------------------------------------------------------------------------------
 
     def tempered(self, temperature: float = 1.0, likelihood_temperature: float = 1.0) -> Target:
@@ -348,35 +283,18 @@ class Target:
                 start += site.size
         return replace(self, sites=tuple(chosen), kept=tuple(kept), at=at.detach())
 
-    def expand(self, theta: Tensor) -> Tensor:
-        """Full theta of a restricted one (the identity otherwise).
+    def recorded(self, num_rows: int | None = None) -> fx.GraphModule:
+        """Graph of the joint density: what layers and costs are read from.
 
         Args:
-            theta: (..., P).
+            num_rows: Data it runs over; all of the training data by default.
 
         Returns:
-            (..., full P).
+            Graph from the full theta, inputs and targets to log prior and log-likelihood.
         """
-        if self.kept is None or self.at is None:
-            return theta
-        pieces, full, small = [], 0, 0
-        lead = theta.shape[:-1]
-        for start, stop in self.kept:
-            pieces += [self.at[full:start].expand((*lead, start - full)), theta[..., small : small + stop - start]]
-            full, small = stop, small + stop - start
-        pieces.append(self.at[full:].expand((*lead, self.full_dim - full)))
-        return torch.cat(pieces, -1)
-
-    def reduce(self, full: Tensor) -> Tensor:
-        """Entries of a full theta that a restricted target holds: (..., full P) to (..., P)."""
-        if self.kept is None:
-            return full
-        return torch.cat([full[..., a:b] for a, b in self.kept], -1)
-
-    def recorded(self) -> fx.GraphModule:
-        """Graph of the joint density over the training data: what layers and costs are read from."""
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return self.programs._get("joint", self.programs._joint, zero, self.x, self.y).module
+        rows = slice(0, num_rows)
+        return self.programs._get("joint", self.programs._joint, zero, index(self.x, rows), self.y[rows]).module
 
     # -- network structure and starting points -----------------------------------------------------------------------
 
@@ -403,10 +321,7 @@ class Target:
         Returns:
             (S, P).
         """
-        # two rows draw the same sites as all of them (not one, where a model's squeeze() would bite)
-        rows = slice(None) if self.programs.traced.local_sites else slice(0, 2)
-        values = self.programs.traced.prior_values(index(self.x, rows), self.y[rows], seed, num)
-        return torch.stack([self.ravel(v) for v in values]).detach()
+        return sample_prior(self, num, seed)
 
     def initial(self, num: int, seed: int = 0, init: Any = None) -> Tensor:
         """Starting points.
@@ -424,50 +339,12 @@ class Target:
         Raises:
             ValueError: If ``init`` does not fit this model.
         """
-        if init is None:
-            points = torch.stack([self._random_start(seed, i) for i in range(num)])
-            if self.initial_sites:
-                known = {
-                    k: torch.as_tensor(v, dtype=self.dtype, device=self.device) for k, v in self.initial_sites.items()
-                }
-                points = torch.stack([self.ravel({**self.unravel(p), **known}) for p in points])
-            return points.detach()
-        if hasattr(init, "starting_points"):
-            full = init.starting_points(num, seed, [(s.name, s.shape) for s in self.all_sites])
-            return self.reduce(full).to(self.dtype).detach().clone()
-        if isinstance(init, Mapping):
-            init = self.ravel(init)
-        if not isinstance(init, Tensor):
-            raise ValueError(f"`init` must be a posterior, a dict of sites or a tensor, got {type(init).__name__}")
-        if init.shape not in ((self.dim,), (num, self.dim)):
-            raise ValueError(f"`init` must have shape ({self.dim},) or ({num}, {self.dim}), got {tuple(init.shape)}")
-        if not torch.isfinite(init).all():
-            raise ValueError("`init` holds NaN or infinite values")
-        return init.to(self.dtype).expand(num, self.dim).detach().clone()
-
-    def _random_start(self, seed: int, index: int) -> Tensor:
-        generator = self.stream(seed, index)
-        draws = self._prior_draws
-        median = self._prior_median
-        # A random combination of prior draws, not one of them: members that share a start would never part.
-        weights = torch.randn(draws.shape[0], generator=generator, dtype=self.dtype, device=self.device)
-        start = median + 0.1 * draws.shape[0] ** -0.5 * (weights @ (draws - median))
-        noise = torch.randn(self.full_dim, generator=generator, dtype=self.dtype, device=self.device)
-        for layer in self.layers:
-            scale = layer.fan_in**-0.5 / abs(layer.scale)
-            for piece in (layer.weight, layer.bias):
-                if piece is not None:
-                    start[piece] = scale * noise[piece]
-        return self.reduce(start)
+        return starting_points(self, num, seed, init)
 
     @cached_property
-    def _prior_median(self) -> Tensor:
-        return self._prior_draws.median(0).values
-
-    @cached_property
-    def _prior_draws(self) -> Tensor:
-        full = replace(self, kept=None, at=None, sites=self.all_sites)
-        return full.sample_prior(15, seed=0)
+    def prior_draws(self) -> Tensor:
+        """A few draws from the prior over the full theta, which random starts are made of, (15, full P)."""
+        return sample_prior(replace(self, kept=None, at=None, sites=self.all_sites), 15)
 
     def _data(self, x: Tree | None, y: Tensor | None) -> tuple[Tree, Tensor]:
         if x is None and y is None:
@@ -477,14 +354,9 @@ class Target:
         return x, y
 
 
-def random_stream(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator for stream ``index`` of ``seed``; different pairs give unrelated streams."""
-    mixed = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    start = int(torch.randint(2**62, (), generator=mixed))
-    return torch.Generator(device=device).manual_seed(start)
-
-
-def compile_target(model: Model, x: Any, y: Any = None, *, compile: CompileOption = "auto") -> Target:
+def compile_target(
+    model: Model, x: Any, y: Any = None, *, compile: CompileOption = "auto", batch_size: int | None = None
+) -> Target:
     """Record a Pyro model and its data as a pure log density.
 
     Args:
@@ -493,6 +365,8 @@ def compile_target(model: Model, x: Any, y: Any = None, *, compile: CompileOptio
         x: Tensor, or dict or tuple of tensors with the same first dimension N; or a DataLoader of (x, y).
         y: Targets, (N, ...).
         compile: Put Inductor on the hot gradient: True, False, or "auto" (when the calls ahead repay 2-20 s).
+        batch_size: Data per step of what is going to use the target; None for all. The model is recorded and checked
+            at that size, which saves a recording; any size works afterwards.
 
     Returns:
         The target.
@@ -502,24 +376,21 @@ def compile_target(model: Model, x: Any, y: Any = None, *, compile: CompileOptio
         ValueError: If the data are empty, not finite or misshapen.
     """
     x, y, batch_size = check_data(x, y)
-    traced = TracedModel(model, x, y, _dtype(x, y))
+    traced = TracedModel(model, x, y, floating_dtype((x, y)))
     programs = Programs(traced)
     own: Any = getattr(model, "initial_sites", None)
     own = own() if callable(own) else own
     target = Target(programs, x, y, traced.sites, batch_size=batch_size, initial_sites=own, compile=compile)
     with torch.no_grad():
         theta = 0.3 * torch.randn(target.dim, generator=target.stream(0), dtype=target.dtype, device=target.device)
-        recorded = programs.joint(theta, x, y)
+        rows = slice(0, None if traced.local_sites else batch_size or target.batch_size)
+        some = index(x, rows), y[rows]
+        recorded = programs.joint(theta, *some)
         with isolated(target.dtype, target.device):
-            traced.check_recorded(programs._joint(theta, x, y), recorded)
+            traced.check_recorded(programs._joint(theta, *some), recorded)
     return target
 
 
 def check_new_inputs(target: Target, x: Any) -> Tree:
     """Validate inputs to predict at against the training inputs."""
     return check_inputs(x, like=target.x)
-
-
-def _dtype(x: Tree, y: Tensor) -> torch.dtype:
-    found = [leaf.dtype for leaf in pytree.tree_leaves((x, y)) if leaf.is_floating_point()]
-    return found[0] if found else torch.get_default_dtype()

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from inference.data import Tree, num_data
 from inference.errors import UnsupportedModelError
-from inference.observation import bijection
 from inference.refusals import (
     check_support,
     find_observed,
@@ -33,6 +32,7 @@ from inference.refusals import (
     refuse_messages,
     refuse_mutating_modules,
 )
+from inference.sites import data_frame, find_data_plate, find_sites
 
 Model = Callable[..., Any]
 
@@ -41,52 +41,6 @@ _DECISION = (
     "`.tolist()`, NumPy), so its "
     "density is not one fixed graph; write the branch with torch.where or a mixture distribution"
 )
-
-
-@dataclass(frozen=True)
-class Site:
-    """One latent variable and its place in theta.
-
-    Attributes:
-        name: Site name in the model.
-        shape: Shape of the constrained value.
-        unconstrained_shape: Shape before the bijection onto the support.
-        support: Pyro constraint.
-        event_dim: Rightmost dimensions of the value that one log-probability covers.
-        start: First index in theta.
-        stop: One past the last index in theta.
-        plates: Names of the plates the site is in.
-        local: Whether there is one value per datum.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    unconstrained_shape: tuple[int, ...]
-    support: Any
-    event_dim: int
-    start: int
-    stop: int
-    plates: tuple[tuple[str, int], ...] = ()
-    local: bool = False
-
-    @property
-    def transform(self) -> Any:
-        """Bijection from unconstrained space onto the support."""
-        return bijection(self.support)
-
-    @property
-    def size(self) -> int:
-        """Number of entries in theta."""
-        return self.stop - self.start
-
-    def constrain(self, flat: Tensor) -> Tensor:
-        """Map this site's slice of theta, shape (..., size), to its value, shape (..., *shape)."""
-        return self.transform(flat.reshape(flat.shape[:-1] + self.unconstrained_shape))
-
-    def log_abs_det_jacobian(self, flat: Tensor) -> Tensor:
-        """Log |d value / d theta| of one slice, shape (size,) to ()."""
-        unconstrained = flat.reshape(self.unconstrained_shape)
-        return self.transform.log_abs_det_jacobian(unconstrained, self.transform(unconstrained)).sum()
 
 
 @dataclass
@@ -137,11 +91,15 @@ class _Recorder(Messenger):
 
 
 @contextmanager
-def _full_plates(batch: int, data_plate: str | None, device: torch.device) -> Iterator[None]:
+def _full_plates(batch: int, data_plate: str | None, device: torch.device) -> Iterator[set[str]]:
     """Make the data plate cover the whole batch it is given: scaling by N/B is the backend's affair.
 
     Until the data plate is known, every plate that subsamples is taken for it.
+
+    Yields:
+        Names of the plates that subsample.
     """
+    found: set[str] = set()
 
     def subsample(
         name: str, size: int | None = None, subsample_size: int | None = None, subsample: Any = None, *rest: Any
@@ -149,12 +107,13 @@ def _full_plates(batch: int, data_plate: str | None, device: torch.device) -> It
         if size is None:
             return -1, -1, None
         drawn = subsample is not None or (subsample_size is not None and subsample_size < size)
+        found.update([name] if drawn else [])
         is_data = drawn if data_plate is None else name == data_plate
         total = batch if is_data else int(size)
         return total, total, torch.arange(total, device=device)
 
     with mock.patch.object(SubsampleMessenger, "_subsample", staticmethod(subsample)):
-        yield
+        yield found
 
 
 def _no_validation(self: Any, value: Tensor) -> None:
@@ -210,12 +169,14 @@ class TracedModel:
             first = self._record(None, None, x, y)
             message = find_observed(first)
             self.observed: str = message["name"]
-            self.data_plate = _find_data_plate(message, self.num_data, y.dim())
+            self.data_plate = find_data_plate(message, self.num_data, y.dim())
             check_support(message)
             refuse_messages(first)
-            first, second = self._record(None, None, x, y), self._record(None, None, x, y)
-        self.sites = _find_sites(first, self.data_plate)
-        refuse_changes(self.sites, _find_sites(second, self.data_plate))
+            if self._drawn - {self.data_plate}:  # from here on, the data plate alone covers the batch
+                first = self._record(None, None, x, y)
+            second = self._record(None, None, x, y)
+        self.sites = find_sites(first, self.data_plate)
+        refuse_changes(self.sites, find_sites(second, self.data_plate))
 
     @property
     def local_sites(self) -> list[str]:
@@ -224,7 +185,7 @@ class TracedModel:
 
     def _record(self, values: dict[str, Tensor] | None, observed: str | None, x: Tree, y: Any) -> list[dict[str, Any]]:
         recorder = _Recorder(values, observed, self.device)
-        with _full_plates(num_data(x), self.data_plate, self.device), recorder:
+        with _full_plates(num_data(x), self.data_plate, self.device) as self._drawn, recorder:
             self.model(x, y)
         return recorder.messages
 
@@ -325,7 +286,7 @@ def _terms(messages: list[dict[str, Any]], traced: TracedModel, batch: int, *, w
     for msg in messages:
         if msg["type"] != "sample" or is_plate(msg) or is_deterministic(msg):
             continue
-        frame = _data_frame(msg, traced.data_plate)
+        frame = data_frame(msg, traced.data_plate)
         if not with_data and msg["name"] != traced.observed:
             continue  # only the predictive distribution is asked for
         if msg["name"] in latent:
@@ -356,54 +317,3 @@ def _per_datum(msg: dict[str, Any], frame: Any) -> Any:
     """The observed distribution with batch shape (B,): plates right of the data plate become event dimensions."""
     inner = -frame.dim - 1
     return msg["fn"].to_event(inner) if inner else msg["fn"]
-
-
-def _data_frame(msg: dict[str, Any], data_plate: str | None) -> Any:
-    """The plate over the data, if the site is in it."""
-    return next((f for f in msg["cond_indep_stack"] if f.dim is not None and f.name == data_plate), None)
-
-
-def _find_data_plate(message: dict[str, Any], batch: int, target_dim: int) -> str:
-    """Name of the plate over the data: of the batch's size and, among several, along the first dimension of y."""
-    frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
-    if not frames:
-        raise UnsupportedModelError(
-            f"the observed site {message['name']!r} is in no plate, so the data are not known to be independent; "
-            "put it inside "
-            '`with pyro.plate("data", len(x)):`'
-        )
-    sized = [f for f in frames if f.size == batch]
-    if not sized:
-        raise UnsupportedModelError(
-            f"the observed site {message['name']!r} is in plates of size {[f.size for f in frames]}, but there "
-            f"are {batch} "
-            'data; put it inside `with pyro.plate("data", len(x)):`'
-        )
-    first = [f for f in sized if -f.dim == target_dim - message["fn"].event_dim]
-    named = [f for f in sized if f.name == "data"]
-    return (first or named or sized)[0].name
-
-
-def _find_sites(messages: list[dict[str, Any]], data_plate: str | None) -> tuple[Site, ...]:
-    sites: list[Site] = []
-    start = 0
-    for msg in messages:
-        if not is_latent(msg):
-            continue
-        fn, value = msg["fn"], msg["value"]
-        try:
-            shape = tuple(bijection(fn.support).inv(value).shape)
-        except NotImplementedError as error:
-            raise UnsupportedModelError(
-                f"latent site {msg['name']!r} has the support {fn.support}, onto which no bijection is known; "
-                "sample an "
-                "unconstrained site and transform it, or register one with torch.distributions.biject_to"
-            ) from error
-        stop = start + int(torch.Size(shape).numel())
-        plates = tuple((f.name, f.dim) for f in msg["cond_indep_stack"] if f.dim is not None)
-        local = _data_frame(msg, data_plate) is not None
-        sites.append(Site(msg["name"], tuple(value.shape), shape, fn.support, fn.event_dim, start, stop, plates, local))
-        start = stop
-    if not sites:
-        raise UnsupportedModelError("the model has no latent site: nothing has a prior, so there is nothing to infer")
-    return tuple(sites)

@@ -59,6 +59,19 @@ def normal(*shape: int, scale: float = 1.0) -> Any:
     return dist.Normal(0.0, scale).expand(list(shape)).to_event(len(shape))
 
 
+def tanh_network(num_inputs: int, hidden: int, noise: float | None = None) -> Callable[..., None]:
+    """One hidden layer without biases, weights N(0, 1); the noise sd is given, or has a HalfNormal(1) prior."""
+
+    def network(x: Tensor, y: Tensor | None = None) -> None:
+        w0 = pyro.sample("w0", normal(num_inputs, hidden))
+        w1 = pyro.sample("w1", normal(hidden))
+        scale = pyro.sample("noise", dist.HalfNormal(1.0)) if noise is None else noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(torch.tanh(x @ w0) @ w1, scale), obs=y)
+
+    return network
+
+
 def observe(loc: Tensor, scale: Any, y: Tensor | None) -> None:
     """Normal likelihood inside the data plate, at any extra dimensions on the left."""
     with pyro.plate("data", loc.shape[-1]):

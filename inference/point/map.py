@@ -14,6 +14,7 @@ Cost: ``num_steps`` gradients. Memory: 3 P. Reference: [mackay1992], weight deca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -96,7 +97,8 @@ class MAP(Backend):
         )
         theta = train(target, run, start, recipe, loss=loss, description="MAP").theta
         if self.polish and Batches(target, self.batch_size, [run.stream()]).full:
-            theta = torch.stack([polish(target, run, t, loss) for t in theta])
+            loss_of = partial(energy_per_datum, jacobian=self.jacobian)
+            theta = torch.stack([polish(target, run, t, loss_of) for t in theta])
         grads, values = _full_data(target, loss, theta)
         best = int(values.argmin())
         run.count(theta.shape[0])

@@ -4,27 +4,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference.adam import Adam
 from inference.backend import Batches, Run
 from inference.errors import NonFiniteError
 from inference.optimisation import Recipe, descend, energy_per_datum, polish, train
 from inference.point import MAP
 from inference.target import Target, compile_target
+from tests.cases import tanh_network
 
 PRIOR_SCALE, NOISE = 1.5, 0.5
+network = tanh_network(3, 5)
 
 
 def linear(x: Tensor, y: Tensor | None = None) -> None:
     w = pyro.sample("w", dist.Normal(torch.zeros(3), PRIOR_SCALE).to_event(1))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
-
-
-def network(x: Tensor, y: Tensor | None = None) -> None:
-    w0 = pyro.sample("w0", dist.Normal(torch.zeros(3, 5), 1.0).to_event(2))
-    w1 = pyro.sample("w1", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-    noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(torch.tanh(x @ w0) @ w1, noise), obs=y)
 
 
 def data(num: int = 40) -> tuple[Tensor, Tensor]:
@@ -144,22 +139,41 @@ def test_the_error_names_the_member_whose_loss_is_not_finite() -> None:
 
 
 def test_cosine_schedule_ends_at_zero_and_a_function_is_a_factor() -> None:
-    theta = torch.zeros(1, 3)
-    for schedule, expected in (("cosine", 0.0), (lambda step: 0.5, 0.05)):
-        optimiser, scheduler = Recipe(num_steps=7, step_size=0.1, schedule=schedule).optimiser_for(theta)  # type: ignore[arg-type]
-        theta.grad = torch.zeros_like(theta)
-        for _ in range(7):
-            optimiser.step()
-            assert scheduler is not None
-            scheduler.step()
-        assert optimiser.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
+    for schedule, expected in (("cosine", 0.0), (lambda step: 0.5, 0.05), ("constant", 0.1)):
+        recipe = Recipe(num_steps=7, step_size=0.1, schedule=schedule)  # type: ignore[arg-type]
+        assert recipe.rate(7) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_cosine_schedule_is_torchs() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 7)
+    recipe = Recipe(num_steps=7, step_size=0.1)
+    for step in range(7):
+        assert recipe.rate(step) == pytest.approx(optimiser.param_groups[0]["lr"], abs=1e-12)
+        optimiser.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+def test_adam_takes_the_steps_of_torchs(kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(3, 4, generator=generator, dtype=kind)
+    twin = theta.clone().requires_grad_()
+    ours, theirs = Adam(theta), torch.optim.Adam([twin], fused=True)
+    for step in range(10):
+        gradient = torch.randn(4, 3, generator=generator, dtype=kind).t()
+        theirs.param_groups[0]["lr"] = 0.1 / (1 + step)
+        twin.grad = gradient.contiguous()
+        theirs.step()
+        ours.step(gradient, 0.1 / (1 + step))
+    assert torch.equal(theta, twin.detach())
 
 
 def test_polishing_reaches_a_stationary_point_and_never_climbs() -> None:
     target = compile_target(network, *data())
     loss = energy_per_datum(target)
     start = target.initial(1, seed=3)[0]
-    end = polish(target, a_run(target), start, loss, max_steps=500)
+    end = polish(target, a_run(target), start, max_steps=500)
     assert loss(end, target.x, target.y) < loss(start, target.x, target.y)
     gradient = torch.func.grad(loss)(end, target.x, target.y)
     assert gradient.abs().max() < 1e-5

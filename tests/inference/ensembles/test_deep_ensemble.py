@@ -6,21 +6,16 @@ from torch import Tensor
 
 from inference.ensembles import DeepEnsemble
 from inference.point import MAP
+from tests.cases import tanh_network
 
 NOISE = 0.5
+network = tanh_network(3, 8, NOISE)
 
 
 def linear(x: Tensor, y: Tensor | None = None) -> None:
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
-
-
-def network(x: Tensor, y: Tensor | None = None) -> None:
-    w0 = pyro.sample("w0", dist.Normal(torch.zeros(3, 8), 1.0).to_event(2))
-    w1 = pyro.sample("w1", dist.Normal(torch.zeros(8), 1.0).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(torch.tanh(x @ w0) @ w1, NOISE), obs=y)
 
 
 def heteroscedastic(x: Tensor, y: Tensor | None = None) -> None:

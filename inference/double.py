@@ -1,0 +1,75 @@
+"""The float64 twin of a float32 target, made from its recorded graph: for finding modes, where differences matter.
+
+In float32 a line search ends where rising and falling are rounding error. The model is not run again: its graph is
+replayed with wider numbers. Constants keep the value they have in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from inference.data import Tree, map_tree
+from inference.programs import Programs
+from inference.target import Target
+
+
+def in_double(target: Target) -> Target:
+    """A target with the same density computed in float64; itself where it is already, or where the device has none.
+
+    Args:
+        target: The target.
+
+    Returns:
+        Target whose theta, x and y are float64. Only its densities may be used, not its observed distribution.
+    """
+    if target.dtype != torch.float32 or target.device.type == "mps":
+        return target
+    return replace(
+        target,
+        programs=_DoublePrograms(target.programs, (target.x, target.y)),
+        x=map_tree(_wide, target.x),
+        y=_wide(target.y),
+        at=None if target.at is None else _wide(target.at),
+    )
+
+
+class _DoublePrograms(Programs):
+    """Graphs of the joint density with every float32 in them float64."""
+
+    def __init__(self, single: Programs, data: tuple[Tree, Tensor]) -> None:
+        traced = copy.copy(single.traced)
+        traced.dtype = torch.float64
+        super().__init__(traced)
+        self.single = single
+        self.dtypes = [leaf.dtype for leaf in pytree.tree_leaves(data)]
+
+    def _joint(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[Tensor, Tensor]:
+        leaves, spec = pytree.tree_flatten((x, y))
+        shaped = [torch.empty(v.shape, dtype=t, device=v.device) for v, t in zip(leaves, self.dtypes, strict=True)]
+        narrow_x, narrow_y = pytree.tree_unflatten(shaped, spec)
+        zero = torch.zeros((), device=theta.device)
+        module = self.single._get("joint", self.single._joint, zero, narrow_x, narrow_y).module
+        prior, likelihood = _Widened(module).run(theta, *leaves)
+        return prior, likelihood
+
+
+class _Widened(fx.Interpreter):
+    """Runs a graph with float64 for every float32 it mentions."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return _wide(value) if isinstance(value, Tensor) else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.double() if value.dtype == torch.float32 else value
