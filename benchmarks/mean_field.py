@@ -20,7 +20,8 @@ from benchmarks.measure import Case, Contestant, NotRun, Settings, Versus, built
 from benchmarks.problems import NOISE, Problem, energy, random_images
 from inference.backend import Batches
 from inference.target import Target
-from inference.variational.mean_field import free_energy, gaussian_prior, make_step
+from inference.variational.free_energy import free_energy, gaussian_prior
+from inference.variational.mean_field import make_step
 
 RATE, SCALE = 1e-3, 0.01
 EAGER, COMPILED = "ours, eager", "ours, compiled"

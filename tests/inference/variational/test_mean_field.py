@@ -14,22 +14,17 @@ from inference.bridges import PyroGuideVI
 from inference.errors import NonFiniteError
 from inference.target import Target, compile_target
 from inference.variational import MeanFieldVI
-from inference.variational.mean_field import GaussianPrior, estimate_elbo, free_energy, gaussian_prior, make_step
+from inference.variational.free_energy import GaussianPrior, free_energy, gaussian_prior
+from inference.variational.mean_field import estimate_elbo, make_step, starting_scale
+from tests.cases import tanh_network
 from tests.conjugate import Conjugate, correlated_gaussian, linear_regression
 
 QUICK = MeanFieldVI(num_steps=600, num_particles=8, step_size=0.02, progress=False)
+network = tanh_network(2, 5)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def network(x: Tensor, y: Tensor | None = None) -> None:
-    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 5]).to_event(2))
-    v = pyro.sample("v", dist.Normal(0.0, 0.5).expand([5]).to_event(1))
-    noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(torch.tanh(x @ w) @ v, noise), obs=y)
 
 
 def small_data(num: int = 20) -> tuple[Tensor, Tensor]:
@@ -294,6 +289,23 @@ def test_the_starting_scale_is_what_was_asked_for(scale: float) -> None:
     torch.testing.assert_close(posterior.gaussian.scale, torch.full((3,), scale), rtol=1e-6, atol=0)
 
 
+def test_wide_layers_start_with_less_noise_than_narrow_ones() -> None:
+    def wide(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([200, 5]).to_event(2))
+        v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+        noise = pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(torch.tanh(x @ w) @ v, noise), obs=y)
+
+    target = compile_target(wide, normal(4, 200), normal(4))
+    scale = target.unravel(starting_scale(target))
+    torch.testing.assert_close(scale["w"], torch.full((200, 5), 0.7 / math.sqrt(200)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(scale["v"], torch.full((5,), 0.1), rtol=1e-12, atol=0)
+    assert float(scale["noise"].log()) == pytest.approx(0.1)
+    posterior = MeanFieldVI(num_steps=1, step_size=1e-12).fit_to(target)
+    torch.testing.assert_close(posterior.gaussian.scale, starting_scale(target), rtol=1e-6, atol=0)
+
+
 def test_a_free_energy_that_is_not_finite_stops_with_step_and_site() -> None:
     def explodes(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("calm", dist.Normal(0.0, 1.0))
@@ -302,7 +314,7 @@ def test_a_free_energy_that_is_not_finite_stops_with_step_and_site() -> None:
             pyro.sample("y", dist.Normal((1e3 * w).exp() * x, 1.0), obs=y)
 
     ones = torch.ones(3)
-    with pytest.raises(NonFiniteError, match="at step 0, first at site 'w'; lower `step_size`, now 0.01"):
+    with pytest.raises(NonFiniteError, match="at step 0, first at site 'w'; lower `step_size`, now 0.03"):
         MeanFieldVI(num_steps=5).fit(explodes, ones, ones, init=torch.tensor([0.0, 1.0]))
 
 
