@@ -1,32 +1,35 @@
-r"""Curvature of a target: generalised Gauss-Newton, Hessian, Fisher, and what linearised prediction needs of it.
+r"""Curvature of a target: generalised Gauss-Newton and Fisher matrices, and their diagonals.
 
 With :math:`\eta_n(\theta)` the likelihood's unconstrained parameters for datum n (E of them),
 :math:`J_n = \partial \eta_n / \partial \theta` and :math:`F_n` the Fisher information of one datum in them,
 
 .. math:: H_{GGN} = \sum_n J_n^\top F_n J_n .
 
-All curvatures here are of the *negative log likelihood summed over the data*, in nats and not tempered; the prior's
-comes from `prior_precision`. They are accumulated and returned in float64 whatever the model's dtype: a GGN summed in
-float32 plus a weak prior is often no longer positive definite. Jacobians exist for one chunk of data at a time, sized
-in bytes.
+All curvatures here are of the *negative log likelihood summed over the data*, in nats and not tempered; exact second
+derivatives and the prior's are in :mod:`inference.hessians`. They are accumulated and returned in float64 whatever the
+model's dtype: a GGN summed in float32 plus a weak prior is often no longer positive definite.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 from inference import data
-from inference.distributions import FlatGaussian
-from inference.graph import capture
+from inference.jacobians import (
+    CHUNK_BYTES,
+    Advance,
+    assembled,
+    chunk_size,
+    entries_jacobian,
+    may_be_one_layer,
+    once_used,
+)
+from inference.layer_blocks import LayerBlock
+from inference.taps import Pass, floats_per_datum, num_outputs, passes
 from inference.target import Target
-
-CHUNK_BYTES = 32 * 2**20
-"""Default bound on the Jacobians held at once."""
-
-Advance = Callable[[int], object]
 
 
 def ggn(
@@ -51,11 +54,23 @@ def ggn(
     Returns:
         Symmetric matrix, shape (P, P), float64.
     """
+    x = target.x if x is None else x
     total = theta.new_zeros(target.dim, target.dim, dtype=torch.float64)
-    for fisher, jacobian in _fisher_and_jacobian(target, theta, x, chunk_bytes, advance):
-        jacobian = jacobian.double()
-        total.addmm_((fisher.double() @ jacobian).flatten(0, 1).mT, jacobian.flatten(0, 1))
-    return _symmetric(total)
+    outputs = num_outputs(target, theta, x)
+    single = may_be_one_layer(target)
+    floats = (2 if single else 4 * outputs) * target.dim + floats_per_datum(target, outputs)
+    layer = _OneLayer()
+    for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, chunk_bytes)):
+        fisher = target.family(data.index(x, rows)).fisher(done.params).double()
+        block = once_used(taps, done) if single else None
+        if block is not None:
+            layer.add(block, done, fisher)
+        else:
+            jacobian = assembled(target, theta, data.index(x, rows), taps, done).double()
+            total.addmm_((fisher @ jacobian).flatten(0, 1).mT, jacobian.flatten(0, 1))
+        if advance is not None:
+            advance(len(fisher))
+    return _symmetric(layer.added_to(total))
 
 
 def ggn_diagonal(
@@ -66,21 +81,74 @@ def ggn_diagonal(
     chunk_bytes: int = CHUNK_BYTES,
     advance: Advance | None = None,
 ) -> Tensor:
-    """Diagonal of `ggn`, without forming the matrix.
+    r"""Diagonal of `ggn`, without forming the matrix or a Jacobian.
+
+    With F = R R^T and one backward pass for each column of R, a layer's part is
+    :math:`\sum_n (\sum_c g_{nc}^2)\,(a_n^2)^\top` where every datum passes through it once, and
+    :math:`\sum_{nc} (\sum_t g_{nct} a_{nt}^\top)^2` otherwise.
 
     Args:
         target: The compiled model.
         theta: Where to linearise, shape (P,).
         x: Inputs, (B, ...); the training inputs when None.
-        chunk_bytes: Bound on the Jacobians held at once.
+        chunk_bytes: Bound on what is held at once.
         advance: Called with the number of data of each finished chunk.
 
     Returns:
         Non-negative vector, shape (P,), float64.
     """
+    x = target.x if x is None else x
     total = theta.new_zeros(target.dim, dtype=torch.float64)
-    for fisher, jacobian in _fisher_and_jacobian(target, theta, x, chunk_bytes, advance):
-        total += ((fisher @ jacobian) * jacobian).sum((0, 1), dtype=torch.float64)
+    size = chunk_size(floats_per_datum(target, 2, matrices=1), theta, chunk_bytes)
+    for rows, taps, done in passes(target, theta, x, size):
+        fisher = target.family(data.index(x, rows)).fisher(done.params)
+        parts = [theta.new_zeros(block.positions.shape) for block in taps.blocks]
+        squares = [theta.new_zeros(()) for _ in taps.blocks]
+        inputs = [done.inputs(block) for block in taps.blocks]
+        for column in fisher_root(fisher).unbind(-1) if taps.blocks else ():
+            for i, gradients in enumerate(done.gradients(column)):
+                if gradients.shape[1] == 1:
+                    squares[i] = squares[i] + gradients[:, 0].square()
+                else:
+                    _add_squares(parts[i], taps.blocks[i], inputs[i], gradients)
+        for part, square, block, read in zip(parts, squares, taps.blocks, inputs, strict=True):
+            if square.dim():
+                _add_once(part, block, read[:, 0], square)
+            total[block.positions] += part
+        if len(taps.rest):
+            _add_rest(total, target, theta, data.index(x, rows), taps.rest, fisher, chunk_bytes)
+        if advance is not None:
+            advance(rows.stop - rows.start)
+    return total
+
+
+def ggn_product(
+    target: Target, theta: Tensor, vector: Tensor, *, x: Any = None, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    r"""Product :math:`H_{GGN} v`: one forward-mode and one reverse-mode pass over the data.
+
+    Args:
+        target: The compiled model.
+        theta: Where to linearise, shape (P,).
+        vector: v, shape (P,).
+        x: Inputs, (B, ...); the training inputs when None.
+        chunk_bytes: Bound on the activations held at once.
+
+    Returns:
+        Product, shape (P,), float64.
+    """
+    x = target.x if x is None else x
+    total = theta.new_zeros(target.dim, dtype=torch.float64)
+    size = chunk_size(3 * floats_per_datum(target, 1), theta, chunk_bytes)
+    for rows in data.chunks(data.num_data(x), size):
+        part = data.index(x, rows)
+
+        def eta(t: Tensor, part: Any = part) -> Tensor:
+            return target.eta(t, part)
+
+        fisher = target.family(part).fisher(target.parameters(theta, part))
+        pushed = jvp(eta, (theta,), (vector,))[1]
+        total += vjp(eta, theta)[1]((fisher @ pushed.unsqueeze(-1)).squeeze(-1))[0]
     return total
 
 
@@ -143,180 +211,107 @@ def empirical_fisher_diagonal(
     return total
 
 
-def hessian(
-    target: Target,
-    theta: Tensor,
-    *,
-    x: Any = None,
-    y: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-    advance: Advance | None = None,
-) -> Tensor:
-    """Exact Hessian of the negative log likelihood, summed over the data; indefinite away from its minimum.
+def sampled_labels(target: Target, theta: Tensor, seed: int, *, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """One target for each training input, drawn from the model; the global random state is not touched.
 
     Args:
         target: The compiled model.
-        theta: Where to differentiate, shape (P,).
-        x: Inputs, (B, ...); the training data when None.
-        y: Targets, (B, ...); given together with x.
-        chunk_bytes: Bound on the products' buffers held at once.
-        advance: Called with the number of data of each finished chunk.
+        theta: Parameters to draw at, shape (P,).
+        seed: Random seed.
+        chunk_bytes: Bound on what is held at once.
 
     Returns:
-        Symmetric matrix, shape (P, P), float64.
+        Targets, shape (N, ...).
     """
-    total = theta.new_zeros(target.dim, target.dim, dtype=torch.float64)
-    for rows, part in _hessian_rows(target, theta, x, y, chunk_bytes, advance):
-        total[rows] += part
-    return _symmetric(total)
+    drawn = []
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for rows, _, done in passes(
+            target, theta, target.x, chunk_size(floats_per_datum(target, 0), theta, chunk_bytes)
+        ):
+            drawn.append(target.family(data.index(target.x, rows)).distribution(done.params).sample())
+    return torch.cat(drawn)
 
 
-def hessian_diagonal(
-    target: Target,
-    theta: Tensor,
-    *,
-    x: Any = None,
-    y: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-    advance: Advance | None = None,
-) -> Tensor:
-    """Diagonal of `hessian`: P Hessian-vector products, a few rows held at a time.
+def fisher_root(fisher: Tensor) -> Tensor:
+    r"""Square roots :math:`F = R R^\top`, with columns that are zero for all data left out.
 
     Args:
-        target: The compiled model.
-        theta: Where to differentiate, shape (P,).
-        x: Inputs, (B, ...); the training data when None.
-        y: Targets, (B, ...); given together with x.
-        chunk_bytes: Bound on the products' buffers held at once.
-        advance: Called with the number of data of each finished chunk.
+        fisher: Fisher information of each datum, (n, E, E).
 
     Returns:
-        Vector, shape (P,), float64; entries may be negative.
+        R, (n, E, C) with C <= E.
     """
-    total = theta.new_zeros(target.dim, dtype=torch.float64)
-    for rows, part in _hessian_rows(target, theta, x, y, chunk_bytes, advance):
-        total[rows] += part[:, rows].diagonal()
-    return total
+    diagonal = fisher.diagonal(dim1=-2, dim2=-1)
+    if torch.equal(fisher, torch.diag_embed(diagonal)):
+        root = torch.diag_embed(diagonal.clamp(min=0).sqrt())
+    else:
+        values, vectors = torch.linalg.eigh(fisher)
+        tiny = 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
+        root = vectors * torch.where(values > tiny, values, 0.0).sqrt().unsqueeze(-2)
+    return root[..., root.ne(0).flatten(0, 1).any(0)]
 
 
-def prior_precision(target: Target, theta: Tensor) -> Tensor:
-    r"""Curvature of the prior, :math:`A = -\nabla^2 \log p(\theta)`, exact, with the Jacobian of constrained sites.
+class _OneLayer:
+    r"""GGN of a network that is one layer, :math:`\sum_n (g_n^\top F_n g_n) \otimes (a_n a_n^\top)`.
 
-    Args:
-        target: The compiled model.
-        theta: Where to differentiate, shape (P,).
-
-    Returns:
-        The diagonal, shape (P,), when A is diagonal (independent priors); otherwise (hierarchical or correlated
-        priors) the matrix, shape (P, P), which may be indefinite. float64.
+    2 E times cheaper than by its Jacobian.
     """
-    product = _prior_product(target, theta)
-    diagonal = _diagonal_if_diagonal(product, theta)
-    if diagonal is not None:
-        return diagonal.double()
-    return _symmetric(torch.cat([part for _, part in _rows(product, theta)]).double())
+
+    def __init__(self) -> None:
+        self._positions: Tensor | None = None
+        self._blocks = torch.zeros(0)  # (out, out, in, in), the upper triangle of the first two
+
+    def add(self, block: LayerBlock, done: Pass, fisher: Tensor) -> None:
+        """Add one chunk."""
+        inputs = done.inputs(block)[:, 0].double()
+        gradients = done.all_gradients()[0][:, :, 0].double()
+        between = gradients.mT @ fisher @ gradients  # (n, out, out)
+        if self._positions is None:
+            out, columns = block.positions.shape
+            self._positions = block.positions
+            self._blocks = inputs.new_zeros(out, out, columns, columns)
+        for i in range(len(self._blocks)):
+            for j in range(i, len(self._blocks)):
+                self._blocks[i, j].addmm_(inputs.mT, inputs * between[:, i, j, None])
+
+    def added_to(self, total: Tensor) -> Tensor:
+        """Put the blocks where they belong."""
+        if self._positions is not None:
+            for i, rows in enumerate(self._positions):
+                for j, columns in enumerate(self._positions[i:], start=i):
+                    total[rows[:, None], columns] += self._blocks[i, j]
+                    if j > i:
+                        total[columns[:, None], rows] += self._blocks[i, j].mT
+        return total
 
 
-def prior_precision_diagonal(target: Target, theta: Tensor) -> Tensor:
-    """Diagonal of the prior's curvature, whatever its structure, in O(P) memory.
-
-    Args:
-        target: The compiled model.
-        theta: Where to differentiate, shape (P,).
-
-    Returns:
-        Vector, shape (P,), float64.
-    """
-    product = _prior_product(target, theta)
-    diagonal = _diagonal_if_diagonal(product, theta)
-    if diagonal is not None:
-        return diagonal.double()
-    return torch.cat([part[:, rows].diagonal() for rows, part in _rows(product, theta)]).double()
+def _add_squares(total: Tensor, block: LayerBlock, inputs: Tensor, gradients: Tensor) -> None:
+    """Add the squares of each datum's gradient (out, in), for a weight that is used at several places."""
+    if block.kind != "embedding":
+        total += (gradients.mT @ inputs).square().sum(0)
+        return
+    same = (inputs.unsqueeze(-1) == inputs.unsqueeze(-2)).to(gradients)  # (n, T, T)
+    total.index_add_(1, inputs.flatten(), (gradients * (same @ gradients)).flatten(0, 1).mT)
 
 
-def eta_and_jacobian(target: Target, theta: Tensor, x: Any) -> tuple[Tensor, Tensor]:
-    r"""The likelihood's unconstrained parameters and their Jacobian, for inputs few enough to hold it.
-
-    Reverse mode: E gradients of one datum for each datum.
-
-    Args:
-        target: The compiled model.
-        theta: Where to linearise, shape (P,).
-        x: Inputs, (B, ...).
-
-    Returns:
-        eta, shape (B, E), and :math:`\partial \eta / \partial \theta`, shape (B, E, P).
-    """
-    eta = target.eta(theta, x)
-
-    def one(t: Tensor, datum: Any) -> Tensor:
-        return target.eta(t, data.map_tree(lambda leaf: leaf[None], datum))[0]
-
-    return eta, vmap(jacrev(one), in_dims=(None, 0))(theta, x)
+def _add_once(total: Tensor, block: LayerBlock, inputs: Tensor, squares: Tensor) -> None:
+    """Add the squares for a weight that every datum passes once: inputs (n, in) or tokens (n,), squares (n, out)."""
+    if block.kind == "embedding":
+        total.index_add_(1, inputs, squares.mT)
+    else:
+        total.addmm_(squares.mT, inputs.square())
 
 
-def linearized_moments(
-    target: Target,
-    gaussian: FlatGaussian,
-    theta: Tensor,
-    x: Any,
-    *,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[Tensor, Tensor]:
-    r"""Predictive moments of the linearised network, :math:`\eta \sim N(\eta^*, J \Sigma J^\top)`, for each input.
-
-    Args:
-        target: The compiled model.
-        gaussian: Gaussian approximation of the posterior, with covariance :math:`\Sigma`.
-        theta: Where to linearise (the mode), shape (P,).
-        x: Inputs, (B, ...).
-        chunk_bytes: Bound on the Jacobians held at once.
-
-    Returns:
-        Means, shape (B, E), and covariances, shape (B, E, E).
-    """
-    means, covariances = [], []
-    for part in _chunks(target, theta, x, chunk_bytes):
-        eta, jacobian = eta_and_jacobian(target, theta, part)
-        means.append(eta)
-        covariances.append(gaussian.quadratic(jacobian))
-    return torch.cat(means), torch.cat(covariances)
-
-
-def linearized_joint(target: Target, gaussian: FlatGaussian, theta: Tensor, x: Any) -> tuple[Tensor, Tensor]:
-    r"""As `linearized_moments`, with the covariance between inputs: :math:`J_X \Sigma J_X^\top`, for small batches.
-
-    Args:
-        target: The compiled model.
-        gaussian: Gaussian approximation of the posterior.
-        theta: Where to linearise (the mode), shape (P,).
-        x: Inputs, (B, ...).
-
-    Returns:
-        Means, shape (B, E), and the covariance, shape (B, E, B, E).
-    """
-    eta, jacobian = eta_and_jacobian(target, theta, x)
-    return eta, gaussian.quadratic(jacobian.flatten(0, 1)).reshape(eta.shape + eta.shape)
-
-
-def _fisher_and_jacobian(
-    target: Target, theta: Tensor, x: Any, chunk_bytes: int, advance: Advance | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    # F_n, (B, E, E), and J_n, (B, E, P), chunk by chunk.
-    for part in _chunks(target, theta, target.x if x is None else x, chunk_bytes):
-        eta, jacobian = eta_and_jacobian(target, theta, part)
-        fisher = target.family(part).fisher(target.parameters(theta, part))
-        yield fisher, jacobian
-        if advance is not None:
-            advance(eta.shape[0])
-
-
-def _chunks(target: Target, theta: Tensor, x: Any, chunk_bytes: int) -> Iterator[Any]:
-    # Pieces of x whose Jacobian, its product with the Fisher and the backward buffers stay within the bound.
-    num_outputs = target.eta(theta, data.index(x, slice(0, 1))).shape[-1]
-    per_datum = 4 * num_outputs * target.dim * theta.element_size()
-    for piece in data.chunks(data.num_data(x), max(1, chunk_bytes // per_datum)):
-        yield data.index(x, piece)
+def _add_rest(
+    total: Tensor, target: Target, theta: Tensor, x: Any, rest: Tensor, fisher: Tensor, chunk_bytes: int
+) -> None:
+    """Add the diagonal for entries outside the layers, from their Jacobian."""
+    size = chunk_size(4 * fisher.shape[-1] * len(rest), theta, chunk_bytes)
+    for piece in data.chunks(len(fisher), size):
+        jacobian = entries_jacobian(target, theta, data.index(x, piece), rest)
+        total[rest] += ((fisher[piece] @ jacobian) * jacobian).sum((0, 1), dtype=torch.float64)
 
 
 def _datum_gradients(
@@ -334,60 +329,6 @@ def _datum_gradients(
         yield grads
         if advance is not None:
             advance(grads.shape[0])
-
-
-_HESSIAN_BATCH = 1024
-
-
-def _hessian_rows(
-    target: Target, theta: Tensor, x: Any, y: Tensor | None, chunk_bytes: int, advance: Advance | None
-) -> Iterator[tuple[slice, Tensor]]:
-    # Rows of each data chunk's Hessian: (which rows, their values); chunks of data add up.
-    x, y = (target.x, target.y) if x is None or y is None else (x, y)
-    for piece in data.chunks(data.num_data(x), _HESSIAN_BATCH):
-        inputs, labels = data.index(x, piece), y[piece]
-
-        def energy(t: Tensor, inputs: Any = inputs, labels: Tensor = labels) -> Tensor:
-            return -target.log_likelihood(t, inputs, labels).sum()
-
-        # A datum's activations are not known here; P is of their order for dense layers and above it for none.
-        buffers = (piece.stop - piece.start) * (target.dim + labels[0].numel())
-        yield from _rows(_hessian_product(energy, theta), theta, chunk_bytes=chunk_bytes, floats_per_row=buffers)
-        if advance is not None:
-            advance(piece.stop - piece.start)
-
-
-def _hessian_product(energy: Callable[[Tensor], Tensor], theta: Tensor) -> Callable[[Tensor], Tensor]:
-    # Reverse over reverse took half the time of forward over reverse here: the inner gradient is recorded once.
-    pullback = vjp(grad(energy), theta)[1]
-    return lambda tangent: pullback(tangent)[0]
-
-
-def _prior_product(target: Target, theta: Tensor) -> Callable[[Tensor], Tensor]:
-    # The recorded graph of the prior alone: replaying the joint would run the likelihood for every product.
-    log_prior = capture(target.log_prior, theta)
-    return _hessian_product(lambda t: -log_prior(t), theta)
-
-
-def _rows(
-    product: Callable[[Tensor], Tensor], theta: Tensor, *, chunk_bytes: int = CHUNK_BYTES, floats_per_row: int = 0
-) -> Iterator[tuple[slice, Tensor]]:
-    # Rows of the symmetric matrix behind a matrix-vector product, a few basis vectors at a time.
-    dim = theta.shape[0]
-    size = max(1, chunk_bytes // ((4 * dim + floats_per_row) * theta.element_size()))
-    for rows in data.chunks(dim, size):
-        basis = theta.new_zeros(rows.stop - rows.start, dim)
-        basis[:, rows].fill_diagonal_(1.0)
-        yield rows, vmap(product)(basis)
-
-
-def _diagonal_if_diagonal(product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor | None:
-    # The matrix's diagonal if it has nothing else, found with two products: M 1 = diag(M) and M v = diag(M) v.
-    diagonal = product(torch.ones_like(theta))
-    probe = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=theta.dtype).to(theta.device)
-    found, expected = product(probe), diagonal * probe
-    tolerance = 1e3 * torch.finfo(theta.dtype).eps * diagonal.abs().max().clamp_min(torch.finfo(theta.dtype).tiny)
-    return diagonal if bool(((found - expected).abs() <= tolerance).all()) else None
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Gaussians over the flat parameter vector: diagonal, low rank plus diagonal, and dense.
+r"""Gaussians over the flat parameter vector: diagonal, low rank plus diagonal, Kronecker and dense.
 
 Every Gaussian posterior of this package is one of these. They differ in how the covariance :math:`\Sigma` is held,
 and each does sampling, densities and :math:`J \Sigma J^\top` from what it holds: a dense P x P matrix is only formed
@@ -6,7 +6,6 @@ by `covariance()`, which is there to look at, and by `DenseGaussian`, which is o
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,103 +14,28 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_LOG_2PI = math.log(2 * math.pi)
+from inference.flat_gaussian import (
+    LOG_2PI,
+    FlatGaussian,
+    noise,
+    require_finite,
+    require_positive,
+    require_shape,
+    solve_rows,
+)
+from inference.kronecker_gaussian import KroneckerGaussian
+from inference.spectral_gaussian import SpectralGaussian
 
-
-@dataclass(frozen=True, eq=False)
-class FlatGaussian(ABC):
-    r"""A Gaussian :math:`N(\mu, \Sigma)` over theta, shape (P,).
-
-    Attributes:
-        loc: Mean :math:`\mu`, shape (P,).
-    """
-
-    loc: Tensor
-
-    def __post_init__(self) -> None:
-        """Refuse a mean which is not a finite vector.
-
-        Raises:
-            ValueError: If `loc` has another shape than (P,) or holds NaN or infinity.
-        """
-        if self.loc.dim() != 1:
-            raise ValueError(f"loc must have shape (P,), got {tuple(self.loc.shape)}")
-        _require_finite("loc", self.loc)
-
-    @property
-    def dim(self) -> int:
-        """Number of parameters P."""
-        return self.loc.shape[0]
-
-    @abstractmethod
-    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Independent draws, shape (S, P).
-
-        Args:
-            num_samples: Number of draws S.
-            generator: Source of the randomness, on the device of `loc`; None uses torch's global one.
-
-        Returns:
-            Draws, shape (S, P).
-        """
-
-    @abstractmethod
-    def log_prob(self, theta: Tensor) -> Tensor:
-        """Normalised log-density in nats.
-
-        Args:
-            theta: Points, shape (..., P).
-
-        Returns:
-            Log-densities, shape (...).
-        """
-
-    @property
-    @abstractmethod
-    def variance(self) -> Tensor:
-        """Marginal variances, the diagonal of the covariance, shape (P,)."""
-
-    @abstractmethod
-    def covariance(self) -> Tensor:
-        r"""The dense covariance :math:`\Sigma`, shape (P, P): for small P and for tests."""
-
-    @abstractmethod
-    def quadratic(self, jacobian: Tensor) -> Tensor:
-        r"""Covariance :math:`J \Sigma J^\top` of the linear map :math:`J \theta`.
-
-        Args:
-            jacobian: Linear maps J, shape (..., K, P).
-
-        Returns:
-            Symmetric covariances, shape (..., K, K).
-        """
-
-    @abstractmethod
-    def covariance_times(self, vector: Tensor) -> Tensor:
-        r"""Product :math:`\Sigma v`, as in a Newton step :math:`\Lambda^{-1} g`.
-
-        Args:
-            vector: Vectors v, shape (..., P).
-
-        Returns:
-            Products, shape (..., P).
-        """
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors `from_tensors` needs, by name: what is saved."""
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """Rebuild from what `tensors` returned.
-
-        Args:
-            tensors: Tensors by field name.
-
-        Returns:
-            A Gaussian equal to the one saved.
-        """
-        return cls(**tensors)
+__all__ = [
+    "GAUSSIANS",
+    "DenseGaussian",
+    "DiagonalGaussian",
+    "FlatGaussian",
+    "KroneckerGaussian",
+    "LowRankGaussian",
+    "SpectralGaussian",
+    "gaussian_from_tensors",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +52,15 @@ class DiagonalGaussian(FlatGaussian):
     def __post_init__(self) -> None:
         """Check shapes and that every standard deviation is positive."""
         super().__post_init__()
-        _require_shape("scale", self.scale, self.loc.shape, "P")
-        _require_positive("scale", self.scale)
+        require_shape("scale", self.scale, self.loc.shape, "P")
+        require_positive("scale", self.scale)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:  # noqa: D102
-        return self.loc + self.scale * _noise(self.loc, num_samples, self.dim, generator)
+        return self.loc + self.scale * noise(self.loc, num_samples, self.dim, generator)
 
     def log_prob(self, theta: Tensor) -> Tensor:  # noqa: D102
         z = (theta - self.loc) / self.scale
-        return -0.5 * (z.square().sum(-1) + self.dim * _LOG_2PI) - self.scale.log().sum()
+        return -0.5 * (z.square().sum(-1) + self.dim * LOG_2PI) - self.scale.log().sum()
 
     @property
     def variance(self) -> Tensor:  # noqa: D102
@@ -181,11 +105,11 @@ class LowRankGaussian(FlatGaussian):
             ValueError: If `cov_factor` is not (P, R).
         """
         super().__post_init__()
-        _require_shape("cov_diag", self.cov_diag, self.loc.shape, "P")
-        _require_positive("cov_diag", self.cov_diag)
+        require_shape("cov_diag", self.cov_diag, self.loc.shape, "P")
+        require_positive("cov_diag", self.cov_diag)
         if self.cov_factor.dim() != 2 or self.cov_factor.shape[0] != self.dim:
             raise ValueError(f"cov_factor must have shape ({self.dim}, R), got {tuple(self.cov_factor.shape)}")
-        _require_finite("cov_factor", self.cov_factor)
+        require_finite("cov_factor", self.cov_factor)
         whitened = self.cov_factor / self.cov_diag.sqrt()[:, None]
         identity = torch.eye(whitened.shape[1], dtype=whitened.dtype, device=whitened.device)
         # Now, not at the first density: a value cached inside a torch.func transform or a capture would leak out of it.
@@ -193,15 +117,15 @@ class LowRankGaussian(FlatGaussian):
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:  # noqa: D102
         rank = self.cov_factor.shape[1]
-        noise = _noise(self.loc, num_samples, self.dim + rank, generator)
-        return self.loc + self.cov_diag.sqrt() * noise[:, : self.dim] + noise[:, self.dim :] @ self.cov_factor.mT
+        drawn = noise(self.loc, num_samples, self.dim + rank, generator)
+        return self.loc + self.cov_diag.sqrt() * drawn[:, : self.dim] + drawn[:, self.dim :] @ self.cov_factor.mT
 
     def log_prob(self, theta: Tensor) -> Tensor:  # noqa: D102
         z = (theta - self.loc) / self.cov_diag.sqrt()  # (..., P)
-        u = _solve_rows(self._capacitance_tril, (z / self.cov_diag.sqrt()) @ self.cov_factor)  # (..., R)
+        u = solve_rows(self._capacitance_tril, (z / self.cov_diag.sqrt()) @ self.cov_factor)  # (..., R)
         distance = z.square().sum(-1) - u.square().sum(-1)
         half_logdet = 0.5 * self.cov_diag.log().sum() + self._capacitance_tril.diagonal().log().sum()
-        return -0.5 * (distance + self.dim * _LOG_2PI) - half_logdet
+        return -0.5 * (distance + self.dim * LOG_2PI) - half_logdet
 
     @property
     def variance(self) -> Tensor:  # noqa: D102
@@ -251,11 +175,11 @@ class DenseGaussian(FlatGaussian):
         # LAPACK's factors lie column by column; laid out as when loaded from a file, draws are equal to the bit.
         object.__setattr__(self, name, getattr(self, name).contiguous())
         factor = self._factor
-        _require_shape(name, factor, torch.Size([self.dim, self.dim]), "P, P")
-        _require_finite(name, factor)
+        require_shape(name, factor, torch.Size([self.dim, self.dim]), "P, P")
+        require_finite(name, factor)
         if torch.count_nonzero(factor.triu(1)):
             raise ValueError(f"{name} must be lower triangular, got entries above its diagonal")
-        _require_positive(f"the diagonal of {name}", factor.diagonal())
+        require_positive(f"the diagonal of {name}", factor.diagonal())
 
     @classmethod
     def from_precision(cls, loc: Tensor, precision: Tensor) -> Self:
@@ -284,19 +208,19 @@ class DenseGaussian(FlatGaussian):
         return cls(loc, scale_tril=_cholesky("covariance", covariance))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:  # noqa: D102
-        noise = _noise(self.loc, num_samples, self.dim, generator)
+        drawn = noise(self.loc, num_samples, self.dim, generator)
         if self.scale_tril is not None:
-            return self.loc + noise @ self.scale_tril.mT
-        return self.loc + torch.linalg.solve_triangular(self._factor, noise, upper=False, left=False)
+            return self.loc + drawn @ self.scale_tril.mT
+        return self.loc + torch.linalg.solve_triangular(self._factor, drawn, upper=False, left=False)
 
     def log_prob(self, theta: Tensor) -> Tensor:  # noqa: D102
         centred = theta - self.loc
         log_diagonal = self._factor.diagonal().log().sum()
         if self.scale_tril is not None:
-            z, half_logdet = _solve_rows(self.scale_tril, centred), log_diagonal
+            z, half_logdet = solve_rows(self.scale_tril, centred), log_diagonal
         else:
             z, half_logdet = centred @ self._factor, -log_diagonal
-        return -0.5 * (z.square().sum(-1) + self.dim * _LOG_2PI) - half_logdet
+        return -0.5 * (z.square().sum(-1) + self.dim * LOG_2PI) - half_logdet
 
     @cached_property
     def variance(self) -> Tensor:  # noqa: D102
@@ -309,17 +233,22 @@ class DenseGaussian(FlatGaussian):
             return self.scale_tril @ self.scale_tril.mT
         return torch.cholesky_inverse(self._factor)
 
+    @cached_property
+    def dense(self) -> Tensor:
+        """The covariance, kept: as large again as the factor."""
+        return self.covariance()
+
     def quadratic(self, jacobian: Tensor) -> Tensor:  # noqa: D102
         if self.scale_tril is not None:
             scaled = jacobian @ self.scale_tril
         else:
-            scaled = _solve_rows(self._factor, jacobian)
+            scaled = solve_rows(self._factor, jacobian)
         return scaled @ scaled.mT
 
     def covariance_times(self, vector: Tensor) -> Tensor:  # noqa: D102
         if self.scale_tril is not None:
             return (vector @ self.scale_tril) @ self.scale_tril.mT
-        whitened = _solve_rows(self._factor, vector)
+        whitened = solve_rows(self._factor, vector)
         flat = whitened.reshape(math.prod(whitened.shape[:-1]), self.dim)
         return torch.linalg.solve_triangular(self._factor, flat, upper=False, left=False).reshape(vector.shape)
 
@@ -336,7 +265,8 @@ class DenseGaussian(FlatGaussian):
 
 
 GAUSSIANS: dict[str, type[FlatGaussian]] = {
-    gaussian.__name__: gaussian for gaussian in (DiagonalGaussian, LowRankGaussian, DenseGaussian)
+    gaussian.__name__: gaussian
+    for gaussian in (DiagonalGaussian, LowRankGaussian, DenseGaussian, KroneckerGaussian, SpectralGaussian)
 }
 """Every flat Gaussian by its class name, under which it is saved."""
 
@@ -362,22 +292,10 @@ def gaussian_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> FlatGauss
         raise ValueError(f"{name} cannot be made from tensors named {sorted(tensors)}") from err
 
 
-def _noise(like: Tensor, num_samples: int, dim: int, generator: torch.Generator | None) -> Tensor:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1, got {num_samples}")
-    return torch.randn(num_samples, dim, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _solve_rows(tril: Tensor, rows: Tensor) -> Tensor:
-    # One triangular solve of L z = row for all rows of a (..., P) tensor, instead of one per leading index.
-    flat = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
-    return torch.linalg.solve_triangular(tril.mT, flat, upper=True, left=False).reshape(rows.shape)
-
-
 def _cholesky(name: str, matrix: Tensor) -> Tensor:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"{name} must have shape (P, P), got {tuple(matrix.shape)}")
-    _require_finite(name, matrix)
+    require_finite(name, matrix)
     scale = matrix.diagonal().abs().max()
     if (matrix - matrix.mT).abs().max() > 1e3 * torch.finfo(matrix.dtype).eps * scale:
         raise ValueError(f"{name} must be symmetric, got entries differing by {(matrix - matrix.mT).abs().max():.3g}")
@@ -386,21 +304,3 @@ def _cholesky(name: str, matrix: Tensor) -> Tensor:
         smallest = torch.linalg.eigvalsh(matrix)[0].item()
         raise ValueError(f"{name} must be positive definite, got a smallest eigenvalue of {smallest:.3g}")
     return factor
-
-
-def _require_shape(name: str, value: Tensor, shape: torch.Size, letters: str) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape ({letters}) = {tuple(shape)}, got {tuple(value.shape)}")
-
-
-def _require_finite(name: str, value: Tensor) -> None:
-    bad = value.numel() - int(value.isfinite().sum())
-    if bad:
-        raise ValueError(f"{name} must be finite, got {bad} entries of {value.numel()} which are NaN or infinite")
-
-
-def _require_positive(name: str, value: Tensor) -> None:
-    _require_finite(name, value)
-    if not bool((value > 0).all()):
-        index = int(value.argmin())
-        raise ValueError(f"{name} must be > 0, got {value[index].item():.3g} at index {index}")

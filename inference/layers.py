@@ -2,7 +2,8 @@ r"""Which operations of a recorded model are network layers, and which slices of
 
 Works on the graph, so ``torch.nn.Linear`` in a wrapped module and ``x @ w + b`` in a hand-written model are found
 alike. A layer is a matrix product, convolution or embedding whose weight is a slice of theta, up to reshaping,
-transposition and multiplication by a constant.
+transposition, taking a part (one of the three projections of an attention layer, say) and multiplication by a
+constant.
 """
 
 from __future__ import annotations
@@ -37,8 +38,22 @@ _RESHAPES = {
 
 # These move no entry, and copy in ways an index tensor does not need.
 _COPIES = {aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default}
-# Slice of theta, constant factor, index into theta of every entry.
-Source = tuple[slice, float, Tensor]
+_PARTS = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part of theta as an operation reads it.
+
+    Attributes:
+        piece: Slice of theta.
+        scale: Constant factor.
+        positions: Index into theta of every entry.
+    """
+
+    piece: slice
+    scale: float
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,12 @@ class Layer:
         fan_out: Number of outputs, or channels.
         scale: Constant the model multiplies the weight with (1 if none).
         node: Name of the operation in the recorded graph.
+        input: Name of the node it reads (activations, images or token ids).
+        flipped: Whether a product has the weight on its left, so that inputs and outputs are columns.
+        weight_scale: The part of ``scale`` that the operation's own output carries.
+        bias_positions: Index into theta of the bias, (out,), or None.
+        bias_scale: Derivative of the operation's output with respect to the bias, so that the bias may be added later
+            and after a constant factor.
     """
 
     kind: Literal["linear", "conv", "embedding"]
@@ -70,6 +91,11 @@ class Layer:
     scale: float
     node: str
     positions: Tensor = field(compare=False, repr=False)
+    input: str = ""
+    flipped: bool = False
+    weight_scale: float = 1.0
+    bias_positions: Tensor | None = field(default=None, compare=False, repr=False)
+    bias_scale: float = 1.0
 
 
 def find_layers(module: fx.GraphModule, sites: Any) -> tuple[Layer, ...]:
@@ -101,24 +127,23 @@ def _layer(node: fx.Node, theta: fx.Node, sites: Any, data: set[fx.Node]) -> Lay
     if node.target in (aten.mm.default, aten.bmm.default, aten.mv.default):
         return _product(node, args[0], args[1], theta, sites, data)
     if node.target is aten.addmm.default:
-        source = _source(args[2], theta)
-        if source is None or args[1] not in data:
+        weight = _source(args[2], theta)
+        if weight is None or args[1] not in data:
             return None
-        return _linear(node, args[2], source, _bias(args[0], theta), sites, flipped=False)
+        return _linear(node, args[1], weight, (_source(args[0], theta), 1.0), sites, flipped=False)
     if node.target is aten.convolution.default:
-        source = _source(args[1], theta)
-        if source is None or args[0] not in data:
+        weight = _source(args[1], theta)
+        if weight is None or args[0] not in data or args[6]:  # transposed
             return None
         shape = tuple(_value(args[1]).shape)
-        bias = _bias(args[2], theta) or _added_bias(node, theta)[0]
-        fan_in = math.prod(shape[1:])
-        return _make("conv", node, source, bias, shape, fan_in, shape[0], sites)
+        bias = (_source(args[2], theta), 1.0) if args[2] is not None else _added_bias(node, theta)
+        return _make("conv", node, args[0], weight, bias, shape, math.prod(shape[1:]), shape[0], sites)
     if node.target is aten.embedding.default:
-        source = _source(args[0], theta)
-        if source is None:
+        weight = _source(args[0], theta)
+        if weight is None:
             return None
         shape = tuple(_value(args[0]).shape)
-        return _make("embedding", node, source, None, shape, 1, shape[1], sites)
+        return _make("embedding", node, args[1], weight, (None, 1.0), shape, 1, shape[1], sites)
     return None
 
 
@@ -129,40 +154,62 @@ def _product(node: fx.Node, left: Any, right: Any, theta: fx.Node, sites: Any, d
     source = _source(weight, theta)
     if source is None or other not in data:
         return None
-    shape = _value(weight).shape
-    if len(shape) == 3 and (shape[0] != 1 or flipped):  # a weight per batch entry is no shared layer
+    # A weight per batch entry is no shared layer, but one weight repeated for every entry is.
+    repeated = source.positions.shape[0] == 1 or source.positions.stride(0) == 0
+    if source.positions.dim() == 3 and (flipped or not repeated):
         return None
-    bias, factor = _added_bias(node, theta)
-    return _linear(node, weight, (source[0], source[1] * factor, source[2]), bias, sites, flipped=flipped)
+    return _linear(node, other, source, _added_bias(node, theta), sites, flipped=flipped)
 
 
 def _linear(
-    node: fx.Node, weight: Any, source: Source, bias: slice | None, sites: Any, *, flipped: bool
-) -> Layer | None:
-    piece, scale, positions = source
-    positions = positions.unsqueeze(-1) if positions.dim() == 1 else positions.reshape(positions.shape[-2:])
+    node: fx.Node, read: Any, weight: Source, bias: tuple[Source | None, float], sites: Any, *, flipped: bool
+) -> Layer:
+    positions = weight.positions[0] if weight.positions.dim() == 3 else weight.positions
+    positions = positions.unsqueeze(-1) if positions.dim() == 1 else positions
     positions = positions.t() if flipped else positions
     fan_in, fan_out = positions.shape
-    return _make("linear", node, (piece, scale, positions), bias, (fan_in, fan_out), fan_in, fan_out, sites)
+    weight = Source(weight.piece, weight.scale, positions)
+    return _make("linear", node, read, weight, bias, (fan_in, fan_out), fan_in, fan_out, sites, flipped=flipped)
 
 
 def _make(
     kind: Literal["linear", "conv", "embedding"],
     node: fx.Node,
-    source: Source,
-    bias: slice | None,
+    read: Any,
+    weight: Source,
+    bias: tuple[Source | None, float],
     shape: tuple[int, ...],
     fan_in: int,
     fan_out: int,
     sites: Any,
+    *,
+    flipped: bool = False,
 ) -> Layer:
-    piece, scale, positions = source
-    return Layer(kind, _name(piece, sites), piece, bias, shape, fan_in, fan_out, scale, node.name, positions)
+    added, factor = bias
+    aligned = added is not None and added.positions.numel() == fan_out
+    return Layer(
+        kind,
+        _name(weight.piece, sites),
+        _extent(weight),
+        None if added is None else added.piece,
+        shape,
+        fan_in,
+        fan_out,
+        weight.scale * factor,
+        node.name,
+        weight.positions,
+        input=read.name,
+        flipped=flipped,
+        weight_scale=weight.scale,
+        bias_positions=added.positions.reshape(-1) if added is not None and aligned else None,
+        bias_scale=added.scale / factor if added is not None else 1.0,
+    )
 
 
-def _bias(node: Any, theta: fx.Node) -> slice | None:
-    source = _source(node, theta) if isinstance(node, fx.Node) else None
-    return source[0] if source else None
+def _extent(weight: Source) -> slice:
+    """The slice of theta that the entries fill, if they fill one; else the one they were taken from."""
+    first, last = int(weight.positions.min()), int(weight.positions.max()) + 1
+    return slice(first, last) if last - first == weight.positions.numel() else weight.piece
 
 
 def _argument(node: fx.Node, at: int) -> Any:
@@ -181,7 +228,7 @@ def _name(piece: slice, sites: Any) -> str:
 
 
 def _source(node: Any, theta: fx.Node) -> Source | None:
-    """Slice of theta a node holds up to reshaping and constant factors, those factors, and each entry's place."""
+    """Part of theta a node holds up to reshaping and constant factors, those factors, and each entry's place."""
     scale, steps = 1.0, []
     while isinstance(node, fx.Node):
         piece = _slice(node, theta)
@@ -189,17 +236,16 @@ def _source(node: Any, theta: fx.Node) -> Source | None:
             positions = torch.arange(piece.start, piece.stop)
             for step in reversed(steps):
                 positions = step.target(positions, *step.args[1:], **step.kwargs)  # type: ignore[operator]
-            return piece, scale, positions
+            return Source(piece, scale, positions)
         if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
             factor: Any = node.args[1]
             if isinstance(factor, fx.Node):
                 return None
-            scale = (
-                scale * float(factor) if node.target in (aten.mul.Tensor, aten.mul.Scalar) else scale / float(factor)
-            )  # type: ignore[arg-type]
+            divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+            scale = scale / float(factor) if divides else scale * float(factor)  # type: ignore[arg-type]
         elif node.target is aten.neg.default:
             scale = -scale
-        elif node.target in _RESHAPES:
+        elif node.target in _RESHAPES | _PARTS or node.target is operator.getitem:
             if node.target not in _COPIES:
                 steps.append(node)
         else:
@@ -226,15 +272,14 @@ def _slice(node: fx.Node, theta: fx.Node) -> slice | None:
     return None
 
 
-def _added_bias(node: fx.Node, theta: fx.Node) -> tuple[slice | None, float]:
+def _added_bias(node: fx.Node, theta: fx.Node) -> tuple[Source | None, float]:
     """Bias added to the product right after it, and the constant the product is multiplied with before that."""
     current, scale = node, 1.0
     while len(current.users) == 1:
         user = next(iter(current.users))
         if user.target is aten.add.Tensor:
             other = user.args[1] if user.args[0] is current else user.args[0]
-            source = _source(other, theta)
-            return (source[0] if source else None), scale
+            return _source(other, theta), scale
         constant = len(user.args) > 1 and not isinstance(user.args[1], fx.Node)
         if user.target is aten.div.Tensor and constant:
             scale /= float(_argument(user, 1))

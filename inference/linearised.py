@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from inference.curvature import CHUNK_BYTES, eta_and_jacobian, linearized_moments
 from inference.data import Tree, chunks, index, num_data
 from inference.distributions import FlatGaussian
+from inference.jacobians import CHUNK_BYTES, eta_and_jacobian, linearized_moments
 from inference.mixtures import Moments, Params, location, mixture_moments
 from inference.observation import LikelihoodFamily
 from inference.prediction import MAX_ROWS, rows_per_chunk

@@ -2,5 +2,7 @@
 
 from inference.laplace.dense import DenseLaplace
 from inference.laplace.diagonal import DiagonalLaplace
+from inference.laplace.kronecker import KroneckerLaplace
+from inference.laplace.low_rank import LowRankLaplace
 
-__all__ = ["DenseLaplace", "DiagonalLaplace"]
+__all__ = ["DenseLaplace", "DiagonalLaplace", "KroneckerLaplace", "LowRankLaplace"]

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from inference.backend import Backend, Run, check_integer
+from inference.curvature import sampled_labels
 from inference.distributions import FlatGaussian
 from inference.errors import ApproximationWarning
 from inference.laplace.mode import Energy, energy_of, find_mode
 from inference.point import MAP
 from inference.posterior import GaussianPosterior
+from inference.taps import few
 from inference.target import Target
 
 Notes = list[str]
@@ -38,15 +40,16 @@ class Laplace(Backend):
     """Base of the Laplace backends.
 
     Attributes:
-        curvature: H: "ggn" (generalised Gauss-Newton), "hessian" (exact, its negative eigenvalues set to 0, P <= 5,000)
-            or "fisher" (empirical: vanishes where the data are interpolated).
+        curvature: H: "ggn" (generalised Gauss-Newton), "hessian" (exact, its negative eigenvalues set to 0; for
+            P <= 5,000), "fisher" (empirical: vanishes where the data are interpolated) or "monte_carlo" (the Fisher
+            with one label per datum drawn from the model: an unbiased estimate of the GGN for one gradient).
         predictive: "linearized" (the network's outputs are linear in theta around the mode) or "sampled" (the network
             itself at draws of theta, which underfits with a GGN).
         start: How the mode is reached from the starting point; None takes `init` itself as the mode.
         polish_steps: Full-data L-BFGS steps after `start`, so that the mode is one; 0 for none.
     """
 
-    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    curvature: Literal["ggn", "hessian", "fisher", "monte_carlo"] = "ggn"
     predictive: Literal["linearized", "sampled"] = "linearized"
     start: MAP | None = field(default_factory=MAP)
     polish_steps: int = 200
@@ -54,6 +57,7 @@ class Laplace(Backend):
     family: ClassVar[str] = "laplace"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients", "full batch"})
     capabilities: ClassVar[frozenset[str]] = frozenset({"log_density", "log_evidence", "temperature"})
+    curvatures: ClassVar[tuple[str, ...]] = ("ggn", "hessian", "fisher", "monte_carlo")
 
     def __post_init__(self) -> None:
         """Check the choices and counts.
@@ -63,8 +67,9 @@ class Laplace(Backend):
         """
         super().__post_init__()
         check_integer(self, "polish_steps", minimum=0)
-        if self.curvature not in ("ggn", "hessian", "fisher"):
-            raise ValueError(f'`curvature` must be "ggn", "hessian" or "fisher", got {self.curvature!r}')
+        if self.curvature not in self.curvatures:
+            names = ", ".join(f'"{name}"' for name in self.curvatures)
+            raise ValueError(f"`curvature` must be one of {names}, got {self.curvature!r}")
         if self.predictive not in ("linearized", "sampled"):
             raise ValueError(f'`predictive` must be "linearized" or "sampled", got {self.predictive!r}')
         if self.start is not None and not isinstance(self.start, MAP):
@@ -83,12 +88,12 @@ class Laplace(Backend):
         """
         self._check_target(target)
         mode = find_mode(target, run, self.start, self.polish_steps)
-        energy = energy_of(target, run)
+        energy = energy_of(target, run, compared=self.start is not None)
         gaussian, notes = self.refine(target, mode, energy, run)
         for note in notes:
             run.warn(ApproximationWarning, note)
         log_density = self._check_mode(target, gaussian, energy, run)
-        untempered = target.temperature == 1 and target.likelihood_temperature == 1
+        untempered = target.temperature == 1 and target.likelihood_temperature == 1 and self.has_evidence
         evidence = log_density - float(gaussian.log_prob(gaussian.loc)) if untempered else None
         if self.predictive == "sampled":
             _check_sampled_predictive(target, gaussian, run)
@@ -100,6 +105,11 @@ class Laplace(Backend):
             log_evidence=evidence,
             linearized=self.predictive == "linearized",
         )
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the curvature is one whose volume approximates the evidence."""
+        return True
 
     @abstractmethod
     def approximate(self, target: Target, theta: Tensor, run: Run) -> tuple[FlatGaussian, Notes]:
@@ -128,6 +138,12 @@ class Laplace(Backend):
         """
         return self.approximate(target, theta, run)
 
+    def _labels(self, target: Target, theta: Tensor, run: Run) -> Tensor:
+        # Targets that a Fisher takes its gradients at: those seen, or one draw of the model for each datum.
+        if self.curvature != "monte_carlo":
+            return target.y
+        return sampled_labels(target, theta, int(torch.randint(2**62, (), generator=run.target.stream(run.seed, 2))))
+
     def _check_target(self, target: Target) -> None:
         if self.curvature == "hessian" and target.dim > _MAX_HESSIAN_DIM:
             raise ValueError(
@@ -135,7 +151,8 @@ class Laplace(Backend):
                 f'got P = {target.dim:,}: use curvature="ggn", or Subset(..., sites=...) for a part of the network'
             )
         if self.curvature == "ggn" or self.predictive == "linearized":
-            _ = target.family().eta_names  # a likelihood without a closed form is refused before the work, not after
+            # A likelihood without a closed form is refused before the work, not after.
+            _ = target.family(few(target, target.x)).eta_names
 
     def _check_mode(self, target: Target, gaussian: FlatGaussian, energy: Energy, run: Run) -> float:
         # The log density at the mode. How far from one it is goes to the record, and to a warning where it matters.
@@ -170,6 +187,19 @@ def _check_sampled_predictive(target: Target, gaussian: FlatGaussian, run: Run) 
             f"draws from this Gaussian fit the training data worse than the mode by {loss:.3g} nats per datum; "
             'predictive="linearized" does not have this problem',
         )
+
+
+def sites_of(target: Target, entries: Tensor) -> list[str]:
+    """Names of the sites that some entries of theta belong to.
+
+    Args:
+        target: The target.
+        entries: Positions in theta.
+
+    Returns:
+        The names, in the order of the model.
+    """
+    return [s.name for s in target.sites if bool(((entries >= s.start) & (entries < s.stop)).any())]
 
 
 def site_of(target: Target, index: int) -> str:

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from inference import curvature as curvatures
+from inference import hessians
 from inference.backend import Run, check_integer
 from inference.distributions import DenseGaussian
 from inference.laplace.base import Laplace, Notes, site_of
-from inference.laplace.memory import require_memory
-from inference.laplace.mode import Energy, climb
+from inference.laplace.memory import require_structure
+from inference.laplace.mode import Energy, newton
+from inference.taps import num_outputs
 from inference.target import Target
-
-# H, the precision, its Cholesky factor and the factorisation's or the eigensolver's workspace, in float64.
-_MATRICES = 4
-# Newton decrement in nats.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class DenseLaplace(Laplace):
         """
         likelihood, notes = self._likelihood_curvature(target, theta, run)
         likelihood = likelihood / target.likelihood_temperature
-        prior = curvatures.prior_precision(target, theta)
+        prior = hessians.prior_precision(target, theta)
         factor, failed = torch.linalg.cholesky_ex(_plus(likelihood, prior))
         if failed and _has_negative_curvature(prior):
             prior, count, smallest = _clip(prior)
@@ -88,41 +85,24 @@ class DenseLaplace(Laplace):
         Returns:
             As `approximate`.
         """
-        gaussian, notes = self.approximate(target, theta, run)
-        previous = float("inf")
-        for _ in range(self.newton_steps if self.start is not None else 0):
-            value, gradient = energy(gaussian.loc)
-            step = gaussian.covariance_times(gradient)
-            decrement = float(gradient @ step)
-            if decrement <= torch.finfo(target.dtype).eps or decrement > 0.5 * previous:
-                break
-            previous = decrement
-            # Below this gain a log density cannot be told from its rounding error, but the step can still be taken.
-            higher = gaussian.loc + step if decrement < _ROUNDING else climb(gaussian.loc, value, step, energy)
-            if higher is None:
-                break
-            gaussian, notes = self.approximate(target, higher, run)
-        return gaussian, notes
+        steps = self.newton_steps if self.start is not None else 0
+        return newton(theta, lambda t: self.approximate(target, t, run), energy, steps)
 
     def _check_target(self, target: Target) -> None:
         super()._check_target(target)
-        require_memory(
-            _MATRICES * 8 * target.dim**2,
-            f"DenseLaplace of P = {target.dim:,} parameters ({_MATRICES} float64 matrices of P x P)",
-            "use DiagonalLaplace, or Subset(DenseLaplace(), sites=...) for a part of the network",
-            target.device,
-        )
+        require_structure(target, "DenseLaplace")
 
     def _likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
         with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
             if self.curvature == "ggn":
-                run.count(target.eta(theta, target.x).shape[-1])
+                run.count(num_outputs(target, theta, target.x))
                 return curvatures.ggn(target, theta, advance=bar.advance), []
-            if self.curvature == "fisher":
+            if self.curvature in ("fisher", "monte_carlo"):
                 run.count(1)
-                return curvatures.empirical_fisher(target, theta, advance=bar.advance), []
+                y = self._labels(target, theta, run)
+                return curvatures.empirical_fisher(target, theta, x=target.x, y=y, advance=bar.advance), []
             run.count(2 * target.dim)
-            matrix = curvatures.hessian(target, theta, advance=bar.advance)
+            matrix = hessians.hessian(target, theta, advance=bar.advance)
         matrix, count, smallest = _clip(matrix)
         if not count:
             return matrix, []

@@ -11,9 +11,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from inference import curvature as curvatures
+from inference import hessians
 from inference.backend import Run
 from inference.distributions import DiagonalGaussian
 from inference.laplace.base import Laplace, Notes, site_of
+from inference.taps import num_outputs
 from inference.target import Target
 
 
@@ -40,7 +42,7 @@ class DiagonalLaplace(Laplace):
         """
         likelihood, notes = self._likelihood_curvature(target, theta, run)
         likelihood = likelihood / target.likelihood_temperature
-        prior = curvatures.prior_precision_diagonal(target, theta)
+        prior = hessians.prior_precision_diagonal(target, theta)
         precision = likelihood + prior
         negative = int((precision <= 0).sum())
         if negative:
@@ -62,13 +64,14 @@ class DiagonalLaplace(Laplace):
     def _likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
         with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
             if self.curvature == "ggn":
-                run.count(target.eta(theta, target.x).shape[-1])
+                run.count(num_outputs(target, theta, target.x))
                 return curvatures.ggn_diagonal(target, theta, advance=bar.advance), []
-            if self.curvature == "fisher":
+            if self.curvature in ("fisher", "monte_carlo"):
                 run.count(1)
-                return curvatures.empirical_fisher_diagonal(target, theta, advance=bar.advance), []
+                y = self._labels(target, theta, run)
+                return curvatures.empirical_fisher_diagonal(target, theta, x=target.x, y=y, advance=bar.advance), []
             run.count(2 * target.dim)
-            diagonal = curvatures.hessian_diagonal(target, theta, advance=bar.advance)
+            diagonal = hessians.hessian_diagonal(target, theta, advance=bar.advance)
         count = int((diagonal < 0).sum())
         if not count:
             return diagonal, []

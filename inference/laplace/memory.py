@@ -5,6 +5,11 @@ from pathlib import Path
 
 import torch
 
+from inference.target import Target
+
+# H, the precision, its Cholesky factor and the factorisation's or the eigensolver's workspace, in float64.
+_MATRICES = 4
+
 
 def available_bytes(device: torch.device) -> int | None:
     """Memory a new tensor could take, in bytes.
@@ -40,6 +45,47 @@ def require_memory(num_bytes: int, what: str, advice: str, device: torch.device)
             f"{what} needs about {num_bytes / 1e9:,.1f} GB, but {available / 1e9:,.1f} GB of memory are available; "
             f"{advice}"
         )
+
+
+def structure_bytes(target: Target, rank: int = 50) -> dict[str, int]:
+    """Memory that each structure of a covariance needs while it is made, in bytes, beside activations.
+
+    Args:
+        target: The model.
+        rank: Number of eigenpairs of the low-rank one.
+
+    Returns:
+        Bytes by the name of the backend, the fullest structure first.
+    """
+    squares = sum((layer.fan_in + 1) ** 2 + layer.fan_out**2 for layer in target.layers if layer.kind != "embedding")
+    squares += sum(layer.fan_out**2 for layer in target.layers if layer.kind == "embedding")
+    vectors = 8 * _MATRICES * target.dim
+    return {
+        "DenseLaplace": 8 * _MATRICES * target.dim**2,
+        "KroneckerLaplace": 8 * _MATRICES * squares + vectors,
+        # Lanczos holds twice as many vectors as it is asked for.
+        "LowRankLaplace": 8 * min(max(2 * rank + 1, 20) + rank, 3 * target.dim) * target.dim + vectors,
+        "DiagonalLaplace": vectors,
+    }
+
+
+def require_structure(target: Target, name: str, rank: int = 50) -> None:
+    """Refuse a structure that does not fit, and say which do.
+
+    Args:
+        target: The model.
+        name: Backend of the structure, as in `structure_bytes`.
+        rank: Number of eigenpairs of the low-rank one.
+    """
+    sizes, available = structure_bytes(target, rank), available_bytes(target.device)
+    others = list(sizes)[list(sizes).index(name) + 1 :]
+    fitting = [f"{other}() ({sizes[other] / 1e9:.2g} GB)" for other in others if sizes[other] <= (available or 0)]
+    require_memory(
+        sizes[name],
+        f"{name} of P = {target.dim:,} parameters",
+        f"use {', '.join([*fitting, f'Subset({name}(), sites=...) for a part of the network'])}",
+        target.device,
+    )
 
 
 def _meminfo_available() -> int | None:

@@ -6,16 +6,28 @@ whose curvature is taken and whose integral the evidence approximates.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from inference import data
 from inference.backend import Run
-from inference.optimisation import energy_per_datum, polish
+from inference.distributions import FlatGaussian
+from inference.double import in_double
+from inference.hessians import prior_alone
+from inference.jacobians import CHUNK_BYTES
+from inference.optimisation import polish
 from inference.point import MAP
+from inference.prediction import even
+from inference.taps import floats_per_datum
 from inference.target import Target
 
 Energy = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From theta (P,) to its log density () and gradient (P,)."""
+Approximation = TypeVar("Approximation", bound=FlatGaussian)
+# Newton decrement in nats.
+_ROUNDING = 1e-9
 
 
 def find_mode(target: Target, run: Run, start: MAP | None, polish_steps: int) -> Tensor:
@@ -43,27 +55,88 @@ def find_mode(target: Target, run: Run, start: MAP | None, polish_steps: int) ->
     theta = start.fit_target(target, run.sub(start, run.init)).mean_theta
     if polish_steps == 0:
         return theta
-    return polish(target, run, theta, energy_per_datum(target), max_steps=polish_steps)
+    return polish(target, run, theta, max_steps=polish_steps)
 
 
-def energy_of(target: Target, run: Run) -> Energy:
+def energy_of(target: Target, run: Run, *, compared: bool = True) -> Energy:
     """Log density and gradient at one theta, each call counted as one full gradient.
+
+    Data whose activations do not fit one chunk are taken in several, without recording a graph of them all.
 
     Args:
         target: The (tempered) target.
         run: Counts the calls.
+        compared: Whether values will be compared with each other: then they are computed in float64.
 
     Returns:
         Function from (P,) to a log density in nats, (), and its gradient, (P,).
     """
-    program = target.log_density_and_grad(1)
+    precise = in_double(target) if compared else target
+    size = max(1, CHUNK_BYTES // (3 * floats_per_datum(target, 0) * precise.dtype.itemsize))
+    if size < target.num_data and not target.programs.traced.local_sites:
+        return _chunked_energy(precise, run, even(target.num_data, size))
+    program = precise.log_density_and_grad(1)
 
     def energy(theta: Tensor) -> tuple[Tensor, Tensor]:
         run.count(1)
-        value, gradient = program(theta[None])
-        return value[0], gradient[0]
+        value, gradient = program(theta[None].to(precise.dtype))
+        return value[0], gradient[0].to(theta.dtype)
 
     return energy
+
+
+def _chunked_energy(target: Target, run: Run, size: int) -> Energy:
+    log_prior = prior_alone(target)
+
+    def energy(theta: Tensor) -> tuple[Tensor, Tensor]:
+        run.count(1)
+        point = theta.detach().to(target.dtype).requires_grad_()
+        with torch.enable_grad():
+            prior = log_prior(point)
+            (gradient,) = torch.autograd.grad(prior, point)
+            total = prior.detach().double()
+            for rows in data.chunks(target.num_data, size):
+                each = target.log_likelihood(point, data.index(target.x, rows), target.y[rows])
+                part = each.double().sum() / target.likelihood_temperature
+                gradient = gradient + torch.autograd.grad(part, point)[0]
+                total = total + part.detach()
+        return total / target.temperature, gradient.to(theta.dtype) / target.temperature
+
+    return energy
+
+
+def newton(
+    theta: Tensor, approximate: Callable[[Tensor], tuple[Approximation, list[str]]], energy: Energy, max_steps: int
+) -> tuple[Approximation, list[str]]:
+    """Newton steps with the curvature of an approximation, taken anew at every point.
+
+    They end where the Newton decrement is at rounding error, where it does not fall quadratically (as far from a
+    mode), or where no step goes up.
+
+    Args:
+        theta: Start, shape (P,).
+        approximate: From a point to the Gaussian there and what had to be done to its curvature.
+        energy: Log density and gradient.
+        max_steps: Most steps.
+
+    Returns:
+        The Gaussian at the last point, and its notes.
+    """
+    gaussian, notes = approximate(theta)
+    previous = float("inf")
+    for _ in range(max_steps):
+        value, gradient = energy(gaussian.loc)
+        step = gaussian.covariance_times(gradient)
+        decrement = float(gradient @ step)
+        if decrement <= torch.finfo(theta.dtype).eps or decrement > 0.5 * previous:
+            break
+        previous = decrement
+        # Below this gain a log density cannot be told from its rounding error, but the step can still be taken.
+        higher = gaussian.loc + step if decrement < _ROUNDING else climb(gaussian.loc, value, step, energy)
+        if higher is None:
+            break
+        gaussian, notes = approximate(higher)
+    return gaussian, notes
 
 
 def climb(theta: Tensor, value: Tensor, step: Tensor, energy: Energy, max_halvings: int = 10) -> Tensor | None:

@@ -12,17 +12,12 @@ from torch import Tensor
 from inference.curvature import (
     empirical_fisher,
     empirical_fisher_diagonal,
-    eta_and_jacobian,
     ggn,
     ggn_diagonal,
-    hessian,
-    hessian_diagonal,
-    linearized_joint,
-    linearized_moments,
-    prior_precision,
-    prior_precision_diagonal,
 )
 from inference.distributions import DenseGaussian, DiagonalGaussian
+from inference.hessians import hessian, hessian_diagonal, prior_precision, prior_precision_diagonal
+from inference.jacobians import eta_and_jacobian, linearized_joint, linearized_moments
 from inference.target import Target, compile_target
 
 N, D, H = 12, 3, 4
@@ -217,7 +212,7 @@ def test_chunking_changes_nothing(model: Callable[..., None], curvature: Callabl
 def test_more_data_than_one_hessian_batch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     target, theta = _case(learnt_noise)
     whole = hessian(target, theta)
-    monkeypatch.setattr("inference.curvature._HESSIAN_BATCH", 5)
+    monkeypatch.setattr("inference.hessians._HESSIAN_BATCH", 5)
     torch.testing.assert_close(hessian(target, theta), whole, **EXACT)
 
 

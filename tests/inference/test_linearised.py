@@ -196,3 +196,11 @@ def test_a_linearised_prediction_repeats_with_its_seed() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     with pytest.raises(ValueError, match="`num_samples` must be an integer >= 1"):
         posterior.predict(case.x, num_samples=0)
+
+
+@pytest.mark.parametrize("name", ["by_hand", "two_outputs", "heteroscedastic", "categorical"])
+def test_a_prediction_carries_a_gradient_only_where_its_inputs_do(name: str) -> None:
+    posterior, _, _, _ = laplace(name)
+    predicted = posterior.predict(case_named(name).x)
+    assert not predicted.mean.requires_grad
+    assert not predicted.variance.requires_grad

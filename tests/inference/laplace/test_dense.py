@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from inference.backend import ApproximationWarning
-from inference.curvature import empirical_fisher, ggn, hessian, prior_precision
+from inference.curvature import empirical_fisher, ggn
 from inference.errors import CapabilityError, UnsupportedModelError
+from inference.hessians import hessian, prior_precision
 from inference.laplace import DenseLaplace
 from inference.point import MAP
 from inference.target import compile_target
@@ -252,9 +253,10 @@ def test_a_flat_direction_is_an_error_that_names_the_site() -> None:
 
 
 def test_a_matrix_that_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference.laplace.memory.available_bytes", lambda device: 100)
+    monkeypatch.setattr("inference.laplace.memory.available_bytes", lambda device: 200)
     with pytest.raises(
-        ValueError, match=r"P = 4 parameters .* needs about 0\.0 GB, but 0\.0 GB .* use DiagonalLaplace"
+        ValueError,
+        match=r"P = 4 parameters needs about 0\.0 GB, but 0\.0 GB .* use .*DiagonalLaplace\(\) \(.* GB\), Subset",
     ):
         DenseLaplace().fit(linear, *_data())
 
@@ -326,7 +328,7 @@ def test_same_seed_same_posterior_and_the_global_random_state_is_untouched() -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"curvature": "kfac"}, '`curvature` must be "ggn", "hessian" or "fisher", got \'kfac\''),
+        ({"curvature": "kfac"}, '`curvature` must be one of "ggn", "hessian", "fisher", "monte_carlo", got \'kfac\''),
         ({"predictive": "probit"}, '`predictive` must be "linearized" or "sampled", got \'probit\''),
         ({"polish_steps": -1}, "`polish_steps` must be an integer >= 0, got -1"),
         ({"newton_steps": 1.5}, "`newton_steps` must be an integer >= 0, got 1.5"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inference.backend import ApproximationWarning
-from inference.curvature import empirical_fisher, ggn, hessian, prior_precision
+from inference.curvature import empirical_fisher, ggn
+from inference.hessians import hessian, prior_precision
 from inference.laplace import DenseLaplace, DiagonalLaplace
 from inference.point import MAP
 from inference.target import compile_target
