@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from inference.data import chunks
 from inference.linearised import LinearisedDraws
+from inference.partial import PartialDrawsPosterior
 from inference.prediction import DrawSource, Prediction, Source, draws_per_chunk
 from inference.target import Target
 
@@ -40,6 +41,8 @@ def to_inference_data(
         restricted target are in constant_data.
     """
     target = posterior.target
+    if isinstance(posterior, PartialDrawsPosterior):
+        return _partial(posterior, weights)
     draws, stats = _draws(posterior, num_samples, seed)
     lead = draws.shape[:2]
     flat = draws.reshape(-1, draws.shape[-1])
@@ -75,14 +78,31 @@ def to_inference_data(
             groups["constant_data"] = fixed
     else:
         groups["posterior"] = {latent: _numpy(shaped)}
-    attrs = {
+    return az.from_dict(**groups, coords=coords, dims=dims, attrs=_attributes(posterior))
+
+
+def _attributes(posterior: Posterior) -> dict[str, Any]:
+    return {
         "inference_library": "bnn-zoo",
         "inference_library_version": _version(),
         "backend": repr(posterior.backend),
         "seconds": posterior.info.seconds,
         "gradient_evaluations": posterior.info.gradients,
     }
-    return az.from_dict(**groups, coords=coords, dims=dims, attrs=attrs)
+
+
+def _partial(posterior: PartialDrawsPosterior, weights: bool) -> az.InferenceData:
+    """What is known where only some sites were kept: those, the function values on record, statistics and data."""
+    target, values = posterior.target, posterior.probe_values
+    groups: dict[str, Any] = {
+        "sample_stats": {k: _numpy(v) for k, v in posterior.sample_stats.items()},
+        "observed_data": {target.observed: _numpy(target.y)},
+    }
+    if weights:
+        groups["posterior"] = {k: _numpy(v) for k, v in posterior.kept_sites().items()}
+    if values is not None:
+        groups["posterior_predictive" if weights else "posterior"] = {_latent_name(target): _numpy(values)}
+    return az.from_dict(**groups, attrs=_attributes(posterior))
 
 
 def _draws(posterior: Posterior, num_samples: int | None, seed: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,6 @@ from inference.posterior_base import Posterior, check_count
 from inference.prediction import Prediction
 from inference.target import Target, check_new_inputs, random_stream
 
-if TYPE_CHECKING:
-    pass
-
-_WITH_DENSITY = "MeanFieldVI, DenseLaplace, DiagonalLaplace and SWAG"
-_WITH_EVIDENCE = "DenseLaplace and DiagonalLaplace (and MeanFieldVI and PyroGuideVI as a lower bound)"
-
 
 class DrawsPosterior(Posterior):
     """Weighted draws, with their chains.
@@ -33,6 +27,7 @@ class DrawsPosterior(Posterior):
         info: Cost and warnings.
         weights: (C, S), normalised here; None: equal.
         sample_stats: Per-draw statistics under ArviZ's names, each (C, S).
+        probe_values: The latent function of each draw at inputs chosen before the fit, (C, S, N, ...).
         log_evidence: Nats, where there is one.
 
     Raises:
@@ -50,11 +45,12 @@ class DrawsPosterior(Posterior):
         info: FitInfo | None = None,
         weights: Tensor | None = None,
         sample_stats: dict[str, Tensor] | None = None,
+        probe_values: Tensor | None = None,
         log_evidence: float | None = None,
     ) -> None:
         super().__init__(target, backend=backend, info=info, log_evidence=log_evidence)
-        if draws.dim() != 3 or draws.shape[-1] != target.dim:
-            raise ValueError(f"draws must have shape (chains, draws, {target.dim}), got {tuple(draws.shape)}")
+        if draws.dim() != 3 or draws.shape[-1] != self._row_size():
+            raise ValueError(f"draws must have shape (chains, draws, {self._row_size()}), got {tuple(draws.shape)}")
         if draws.shape[0] * draws.shape[1] == 0:
             raise ValueError(f"a posterior needs at least one draw, got shape {tuple(draws.shape)}")
         self._draws = draws.detach()
@@ -64,6 +60,10 @@ class DrawsPosterior(Posterior):
             raise ValueError(f"weights must have shape {tuple(draws.shape[:2])}, got {tuple(weights.shape)}")
         self.weights = _normalised(weights).reshape(draws.shape[:2]).to(draws.dtype)
         self.sample_stats = sample_stats or {}
+        self.probe_values = probe_values
+
+    def _row_size(self) -> int:
+        return self.target.dim
 
     @property
     def draws(self) -> Tensor:
@@ -96,13 +96,13 @@ class DrawsPosterior(Posterior):
             (S, P).
         """
         check_count(num_samples)
-        flat, weights = self.flat_draws, self.weights.reshape(-1)
-        generator = random_stream(seed, 0, flat.device)
-        if self.equally_weighted and num_samples <= flat.shape[0]:
-            chosen = torch.randperm(flat.shape[0], generator=generator, device=flat.device)[:num_samples]
+        weights = self.weights.reshape(-1)
+        generator = random_stream(seed, 0, weights.device)
+        if self.equally_weighted and num_samples <= len(weights):
+            chosen = torch.randperm(len(weights), generator=generator, device=weights.device)[:num_samples]
         else:
             chosen = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
-        return flat[chosen]
+        return self._rows(chosen)
 
     def components(self, num_samples: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
         """All draws with their weights, or ``num_samples`` spread evenly along the chains.
@@ -116,27 +116,36 @@ class DrawsPosterior(Posterior):
         Returns:
             Thetas (S, P) and weights (S,).
         """
-        flat, weights = self.flat_draws, self.weights.reshape(-1)
-        total = flat.shape[0]
+        weights = self.weights.reshape(-1)
+        total, device = len(weights), self.target.device
         if num_samples is None or num_samples == total:
-            return flat, weights
+            return self.flat_draws.to(device), weights.to(device)
         check_count(num_samples)
-        places = torch.arange(num_samples, device=flat.device)
+        places = torch.arange(num_samples, device=weights.device)
         if self.equally_weighted:
             chosen = (2 * places + 1) * total // (2 * num_samples)
         else:
             ends = weights.double().cumsum(0)
             chosen = torch.searchsorted(ends, (places + 0.5) / num_samples * ends[-1])
-        return flat[chosen], flat.new_full((num_samples,), 1 / num_samples)
+        thetas = self._rows(chosen)
+        return thetas, thetas.new_full((num_samples,), 1 / num_samples)
+
+    def _rows(self, chosen: Tensor) -> Tensor:
+        """Draws by their number among all chains: only these are read where draws are on disk, (n, P)."""
+        length = self._draws.shape[1]
+        return self._draws[chosen // length, chosen % length].to(self.target.device)
 
     def _starts(self, num: int, seed: int) -> Tensor:
-        flat = self.flat_draws
-        return flat[:num] if flat.shape[0] == num else self.sample(num, seed)
+        total = self.weights.numel()
+        if self.equally_weighted and total <= num:  # each once before any is taken again
+            return self._rows(torch.arange(num, device=self.weights.device) % total)
+        return self.sample(num, seed)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Draws, weights and sample statistics."""
         stats = {f"stat.{k}": torch.as_tensor(v) for k, v in self.sample_stats.items()}
-        return {}, {"draws": self._draws, "weights": self.weights, **stats}
+        probes = {} if self.probe_values is None else {"probes": self.probe_values}
+        return {}, {"draws": self._draws, "weights": self.weights, **stats, **probes}
 
     @classmethod
     def from_state(
@@ -144,7 +153,7 @@ class DrawsPosterior(Posterior):
     ) -> Posterior:
         """Undo :meth:`state`."""
         stats = {k.removeprefix("stat."): v for k, v in tensors.items() if k.startswith("stat.")}
-        made = cls(target, tensors["draws"], sample_stats=stats, **common)
+        made = cls(target, tensors["draws"], sample_stats=stats, probe_values=tensors.get("probes"), **common)
         made.weights = tensors["weights"]  # as they were, not normalised a second time
         return made
 

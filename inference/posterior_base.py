@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
     from inference.diagnosis import Diagnosis
 
-_WITH_DENSITY = "MeanFieldVI, DenseLaplace, DiagonalLaplace and SWAG"
-_WITH_EVIDENCE = "DenseLaplace and DiagonalLaplace (and MeanFieldVI and PyroGuideVI as a lower bound)"
+_WITH_DENSITY = "MeanFieldVI, Pathfinder, DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace and SWAG"
+_WITH_EVIDENCE = (
+    "DenseLaplace, DiagonalLaplace, KroneckerLaplace and LowRankLaplace "
+    "(and MeanFieldVI, Pathfinder and PyroGuideVI as a lower bound)"
+)
 
 
 class Posterior(ABC):
@@ -35,6 +38,8 @@ class Posterior(ABC):
     """
 
     kind: ClassVar[str]
+    complete: ClassVar[bool] = True
+    """Whether thetas are known as a whole, not only some of their sites."""
 
     def __init__(
         self, target: Target, *, backend: Any, info: FitInfo | None = None, log_evidence: float | None = None
@@ -162,18 +167,21 @@ class Posterior(ABC):
         thetas = self.sample(num_samples or 200, seed)
         return thetas, thetas.new_full((thetas.shape[0],), 1 / thetas.shape[0])
 
-    def diagnose(self, x: Any = None) -> Diagnosis:
-        """Is the fit to be trusted? R-hat and ESS of weights and functions, k-hat, divergences.
+    def diagnose(self, x: Any = None, *, align: bool = False, superchains: Any = None) -> Diagnosis:
+        """Is the fit to be trusted? R-hat, ESS, MCSE of weights and functions, energies, divergences, k-hat.
 
         Args:
             x: Probe inputs for the function space; up to 200 training inputs by default.
+            align: Also compare the weights after hidden units were matched between draws.
+            superchains: Number K of superchains, or the superchain of each chain, for nested R-hat; None groups 16
+                chains and more.
 
         Returns:
             Figures and warnings; printable.
         """
         from inference.diagnosis import diagnose
 
-        return diagnose(self, x)
+        return diagnose(self, x, align=align, superchains=superchains)
 
     def to_arviz(self, *, weights: bool = True, num_samples: int | None = None, seed: int = 0) -> az.InferenceData:
         """Convert to ArviZ.

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.backend import FitInfo
+from inference.container import read_file, write_file
 from inference.errors import UnsupportedModelError
+from inference.partial import PartialDrawsPosterior
 from inference.posterior import POSTERIORS, Posterior
 from inference.target import Target, compile_target
 
@@ -36,12 +33,14 @@ class SavedBackend:
         text: Its ``repr``, which re-creates it.
         capabilities: What its class could do.
         max_tree_depth: That of NUTS, for diagnosing its draws.
+        target_accept: What warm-up aimed at, likewise; None where nothing was adapted.
     """
 
     name: str
     text: str
     capabilities: frozenset[str]
     max_tree_depth: int | None = None
+    target_accept: float | None = None
 
     def __repr__(self) -> str:
         return self.text
@@ -77,20 +76,7 @@ def save(posterior: Posterior, path: Path, *, overwrite: bool = False, data: boo
     if data:
         record["x_structure"], leaves = _flatten(target.x)
         tensors.update({**leaves, "data.y": target.y})
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    text = json.dumps(record, default=_plain)
-    metadata = {"record": text, "sha256": _digest(plain, text)}
-    temporary = path / f".{FILE_NAME}.{os.getpid()}"
-    try:
-        _remove_leftovers(path)
-        save_file(plain, str(temporary), metadata=metadata)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {file}: {error}; an older posterior there is unchanged") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(file, record, tensors)
 
 
 def load(path: str | Path, model: Any, x: Any = None, y: Any = None) -> Posterior:
@@ -121,9 +107,15 @@ def load(path: str | Path, model: Any, x: Any = None, y: Any = None) -> Posterio
     target = target.tempered(record["temperature"], record["likelihood_temperature"])
     held = {k.removeprefix("posterior."): v for k, v in tensors.items() if k.startswith("posterior.")}
     saved = record["backend"]
-    backend = SavedBackend(saved["name"], saved["repr"], frozenset(saved["capabilities"]), saved["max_tree_depth"])
+    backend = SavedBackend(
+        saved["name"],
+        saved["repr"],
+        frozenset(saved["capabilities"]),
+        saved["max_tree_depth"],
+        saved.get("target_accept"),
+    )
     info = FitInfo(**{**record["info"], "warnings": [tuple(w) for w in record["info"]["warnings"]]})
-    kind = POSTERIORS[record["class"]]
+    kind = {**POSTERIORS, PartialDrawsPosterior.__name__: PartialDrawsPosterior}[record["class"]]
     posterior = kind.from_state(
         target, record["figures"], held, backend=backend, info=info, log_evidence=record["log_evidence"]
     )
@@ -167,25 +159,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(
             f"no posterior in {path}: expected a file {FILE_NAME}, as written by posterior.save(path)"
         )
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            text = metadata.get("record", "null")
-            record = json.loads(text)
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} is not readable ({error}): it is truncated or not a safetensors file; save again"
-        ) from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{file} is a safetensors file, but not a posterior saved by this library")
-    if record.get("format_version", 0) > FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {record['format_version']}, this library reads up to {FORMAT_VERSION}; update"
-        )
-    if metadata.get("sha256") != _digest(tensors, text):
-        raise ValueError(f"{file} is corrupt: it does not match its checksum; save again")
-    return record, tensors
+    return read_file(file, "posterior", FORMAT, FORMAT_VERSION)
 
 
 def _record(posterior: Posterior, figures: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +175,7 @@ def _record(posterior: Posterior, figures: dict[str, Any]) -> dict[str, Any]:
             "repr": repr(backend),
             "capabilities": sorted(getattr(backend, "capabilities", ())),
             "max_tree_depth": getattr(inner, "max_tree_depth", None),
+            "target_accept": getattr(inner, "target_accept", None) if getattr(inner, "adapt_step_size", True) else None,
         },
         "sites": _sites(target),
         "free_sites": [s.name for s in target.sites],
@@ -236,7 +211,9 @@ def _check_sites(saved: list[Any], own: list[Any], path: Any) -> None:
 
 
 def _log_density(posterior: Posterior) -> float | None:
-    """Model density at the posterior mean, which tells apart models whose sites look alike; None if not finite."""
+    """Model density at the posterior mean, which tells apart models whose sites look alike; None if not known."""
+    if not posterior.complete:
+        return None
     with torch.no_grad():
         value = float(posterior.target.log_density(posterior.mean_theta))
     return value if math.isfinite(value) else None
@@ -250,14 +227,6 @@ def _check_density(saved: float | None, own: float | None, path: Any) -> None:
             f"{path} belongs to another model: the log density at its mean was {saved:.6g} nats when saved and "
             f"is {own:.6g} with this model and data; a prior, the likelihood, a constant or the training data differ"
         )
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete what saves in killed processes left behind."""
-    for leftover in path.glob(f".{FILE_NAME}.*"):
-        number = leftover.suffix[1:]
-        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc/self").exists():
-            leftover.unlink(missing_ok=True)
 
 
 def _flatten(x: Any, at: str = "data.x") -> tuple[Any, dict[str, Tensor]]:
@@ -275,23 +244,6 @@ def _unflatten(structure: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[structure]
     values = [_unflatten(s, tensors) for s in structure["values"]]
     return tuple(values) if structure["keys"] is None else dict(zip(structure["keys"], values, strict=True))
-
-
-def _plain(value: Any) -> Any:
-    """What JSON should hold in place of a tensor, array, set or anything else a backend put in its record."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return sorted(value) if isinstance(value, (set, frozenset)) else repr(value)
-
-
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    total = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if value.numel():
-            total.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def _version(name: str) -> str:

@@ -5,64 +5,78 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from inference.backend import Backend, Bar, Run, check_integer, check_positive, stacked
-from inference.errors import ConvergenceWarning, DivergenceWarning, NonFiniteError
+from inference.backend import Run, check_integer, check_positive, stacked
+from inference.errors import DivergenceWarning, NonFiniteError
 from inference.graph import CompileOption
-from inference.mcmc.chains import Ensemble, Observer, Record, Schedule
-from inference.mcmc.lanes import Kernel, Transition
-from inference.mcmc.metrics import MASS_MATRICES
-from inference.posterior import DrawsPosterior
+from inference.mcmc.chain import Schedule
+from inference.mcmc.chain_backend import STREAM, ChainBackend
+from inference.mcmc.lanes import Kernel
+from inference.mcmc.low_rank import CAPACITY
+from inference.mcmc.mass import initial_metric
+from inference.mcmc.metrics import MASS_MATRICES, MassMatrix
+from inference.mcmc.recording import Recorder
+from inference.mcmc.workers import Job, Outcome, run_in_workers
+from inference.posterior import DrawsPosterior, GaussianPosterior
 from inference.target import Target
 
-# A dense mass matrix of each chain, its root and its estimate are held in memory.
-_DENSE_BYTES = 4 * 2**30
+# A dense mass matrix of each chain, its root and its estimate are held in memory; or the window of a low-rank one.
+_MASS_BYTES = 4 * 2**30
 _COMPILE_ABOVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HamiltonianBackend(Backend):
+class HamiltonianBackend(ChainBackend):
     """Chains that follow Hamiltonian dynamics, adapted as in Stan.
 
     Attributes:
-        num_samples: Kept draws S per chain.
-        warmup_steps: Discarded iterations per chain, in which step size and mass matrix adapt.
-        num_chains: Chains C; they advance together in one process.
         step_size: First leapfrog step, or None to find one by doubling.
         adapt_step_size: Whether warm-up adapts the step size to ``target_accept``.
         target_accept: Mean acceptance statistic to adapt to, in (0, 1).
-        mass_matrix: "diagonal" (posterior variances), "dense" (covariance) or "identity". With fewer than some hundred
-            warm-up draws the variances of a thousand weights are noise: prefer "identity" there.
-        max_seconds: Stop after this time with the draws so far; None for no limit.
+        mass_matrix: What warm-up adapts: "diagonal" (posterior variances), "dense" (covariance) or "low_rank"
+            (variances and ``mass_rank`` directions); or what stays as it is: "identity", "prior" (prior variances), or
+            a Gaussian posterior of the same model, a Laplace approximation say, whose covariance becomes the inverse
+            mass. With fewer than some hundred warm-up draws the variances of a thousand weights are noise: prefer a
+            fixed one.
+        mass_rank: Directions R of "low_rank".
+        init_jitter: Standard deviation of Gaussian noise added to the starting points in unconstrained space, for
+            chains that all start at one point such as a mode.
+        num_workers: Processes that share the chains (through joblib); each needs some seconds to start and records its
+            own program. Set ``torch.set_num_threads(1)`` so that they do not compete.
+        chains_per_block: Chains that one call advances; None for all that a process runs, or one where networks are
+            large. Products of another batch size round differently, and chains amplify rounding: draws are the same
+            to the bit, whatever ``num_workers``, where this is.
     """
 
-    num_samples: int = 1000
-    warmup_steps: int = 1000
-    num_chains: int = 4
     step_size: float | None = None
     adapt_step_size: bool = True
     target_accept: float = 0.8
-    mass_matrix: Literal["diagonal", "dense", "identity"] = "diagonal"
-    max_seconds: float | None = None
-
-    family: ClassVar[str] = "mcmc"
-    needs: ClassVar[frozenset[str]] = frozenset({"gradients", "full batch"})
-    capabilities: ClassVar[frozenset[str]] = frozenset({"chains", "temperature"})
+    mass_matrix: MassMatrix | GaussianPosterior = "diagonal"
+    mass_rank: int = 10
+    init_jitter: float = 0.0
+    num_workers: int = 1
+    chains_per_block: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer(self, "num_samples", "num_chains", minimum=1)
-        check_integer(self, "warmup_steps", minimum=0)
-        check_positive(self, "step_size", "target_accept", "max_seconds")
+        check_positive(self, "step_size", "target_accept")
+        check_integer(self, "mass_rank", "num_workers", "chains_per_block", minimum=1)
+        if self.num_workers > 1 and getattr(self, "num_shards", 1) > 1:
+            raise ValueError(
+                "`num_workers` must be 1 with `num_shards` > 1: shards are for data too large to be copied"
+            )
+        if not 0 <= self.init_jitter < math.inf:
+            raise ValueError(f"`init_jitter` must be >= 0, got {self.init_jitter}")
         if not self.target_accept < 1:
             raise ValueError(f"`target_accept` must be between 0 and 1, got {self.target_accept}")
-        if self.mass_matrix not in MASS_MATRICES:
-            raise ValueError(f"`mass_matrix` must be one of {MASS_MATRICES}, got {self.mass_matrix!r}")
+        if not isinstance(self.mass_matrix, GaussianPosterior) and self.mass_matrix not in MASS_MATRICES:
+            raise ValueError(
+                f"`mass_matrix` must be one of {MASS_MATRICES} or a Gaussian posterior, got {self.mass_matrix!r}"
+            )
 
     def kernel(self) -> Kernel:
         """The trajectories of this backend.
@@ -84,31 +98,59 @@ class HamiltonianBackend(Backend):
 
         Raises:
             NonFiniteError: If the log density is not finite at a starting point.
-            KeyboardInterrupt: If Ctrl-C came before every chain had a draw.
-            TimeoutError: If ``max_seconds`` passed before every chain had a draw.
         """
         self._check_memory(target)
-        starts = target.initial(self.num_chains, run.seed, run.init)
-        log_density, data = precise_log_density(target)
+        starts = self._starts(target, run)
+        metric = initial_metric(self.mass_matrix, target, starts[0], self.mass_rank)
+        recording = self.recording(target)
+        size = self._block_size(target)
+        checkpoint = self.open_checkpoint(target, run, starts, {"mass_matrix": metric.inverse_mass}, size)
+        log_density, data = self.density(target)
+        job = Job(
+            log_density,
+            data,
+            starts,
+            run.seed,
+            STREAM,
+            self.kernel(),
+            self.schedule(),
+            metric,
+            recording,
+            self._compile_option(),
+            size if checkpoint is None else checkpoint.chains_per_block,
+            checkpoint,
+        )
         with run.bar(self.num_chains * (self.warmup_steps + self.num_samples), type(self).__name__) as bar:
-            ensemble = Ensemble(
-                log_density,
-                starts,
-                # Streams 0..C-1 chose the starting points.
-                [run.stream(_STREAM + c) for c in range(self.num_chains)],
-                self.kernel(),
-                self.schedule(),
-                data=data,
-                compile=self._compile_option(),
-                together=stacked(target, self.num_chains, target.num_data),
-                observe=_figures(bar),
-            )
+            recorder = Recorder(recording, starts)
             try:
-                ensemble.run(self.max_seconds)
+                if self.num_workers > 1:
+                    outcome = run_in_workers(job, recorder, target, self.num_workers, self.max_seconds, bar)
+                else:
+                    outcome = job.run(recorder, self.max_seconds, bar)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}; {blame(target, starts)}") from error
-        run.count(ensemble.gradients)
-        return self._posterior(target, run, ensemble)
+        run.count(outcome.gradients)
+        return self._posterior(target, run, outcome, recorder)
+
+    def density(self, target: Target) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """The density that trajectories follow, and the tensors it reads besides theta."""
+        return precise_log_density(target)
+
+    def _starts(self, target: Target, run: Run) -> Tensor:
+        starts = target.initial(self.num_chains, run.seed, run.init)
+        if self.init_jitter:
+            for chain, start in enumerate(starts):
+                stream = run.stream(_JITTER_STREAM + chain)
+                start += self.init_jitter * torch.randn(
+                    start.shape, generator=stream, dtype=start.dtype, device=start.device
+                )
+        return starts
+
+    def _block_size(self, target: Target) -> int:
+        if self.chains_per_block is not None:
+            return self.chains_per_block
+        share = -(-self.num_chains // self.num_workers)
+        return share if stacked(target, share, target.num_data) else 1
 
     def schedule(self) -> Schedule:
         """Lengths and adaptation of each chain."""
@@ -118,7 +160,6 @@ class HamiltonianBackend(Backend):
             step_size=self.step_size,
             adapt_step_size=self.adapt_step_size,
             target_accept=self.target_accept,
-            mass_matrix=self.mass_matrix,
         )
 
     def _compile_option(self) -> CompileOption:
@@ -129,26 +170,14 @@ class HamiltonianBackend(Backend):
             else self.compile
         )
 
-    def _posterior(self, target: Target, run: Run, ensemble: Ensemble) -> DrawsPosterior:
-        records = ensemble.records
-        num = min(len(r) for r in records)
-        if ensemble.stopped is not None:
-            if num == 0:
-                done = min(r.warmed_up for r in records)
-                error = KeyboardInterrupt if self.max_seconds is None else TimeoutError
-                raise error(
-                    f"{ensemble.stopped} ended the run before every chain had a draw: the slowest had done {done} of "
-                    f"{self.warmup_steps} warm-up iterations; allow more time or shorten `warmup_steps`"
-                )
-            run.warn(
-                ConvergenceWarning, f"{ensemble.stopped} ended the run after {num} of {self.num_samples} draws a chain"
-            )
-        stats = sample_stats(records, num)
-        run.info.extra["step_size"] = [r.step_sizes[0] for r in records]
-        run.info.extra["warmup_divergences"] = [r.warmup_divergences for r in records]
-        self._warn(run, stats)
-        draws = torch.stack([r.draws[:num] for r in records])
-        return DrawsPosterior(target, draws, backend=self, info=run.info, sample_stats=stats)
+    def _posterior(self, target: Target, run: Run, outcome: Outcome, recorder: Recorder) -> DrawsPosterior:
+        if outcome.stopped is not None:
+            self.report_stop(run, outcome.stopped, recorder.num_kept, min(outcome.warmed_up))
+        posterior = self.posterior_of(target, run, recorder, _DTYPES)
+        run.info.extra["step_size"] = posterior.sample_stats["step_size"][:, 0].tolist()
+        run.info.extra["warmup_divergences"] = outcome.warmup_divergences
+        self._warn(run, posterior.sample_stats)
+        return posterior
 
     def _warn(self, run: Run, stats: dict[str, Tensor]) -> None:
         diverging = int(stats["diverging"].sum())
@@ -161,15 +190,17 @@ class HamiltonianBackend(Backend):
             )
 
     def _check_memory(self, target: Target) -> None:
-        size = 3 * self.num_chains * target.dim**2 * 8
-        if self.mass_matrix == "dense" and size > _DENSE_BYTES:
+        numbers = {"dense": 3 * target.dim**2, "low_rank": (2 * CAPACITY + 6 * self.mass_rank) * target.dim}
+        size = 8 * self.num_chains * numbers.get(self.mass_matrix, 0) if isinstance(self.mass_matrix, str) else 0
+        if size > _MASS_BYTES:
             raise ValueError(
-                f'mass_matrix="dense" needs about {size / 2**30:.0f} GiB for {target.dim} parameters and '
+                f'mass_matrix="{self.mass_matrix}" needs about {size / 2**30:.0f} GiB for {target.dim} parameters and '
                 f'{self.num_chains} chains; use "diagonal" or "identity"'
             )
 
 
-_STREAM = 1_000_000
+_JITTER_STREAM = 300_000
+_DTYPES = {"diverging": torch.bool, "tree_depth": torch.int64, "n_steps": torch.int64}
 
 
 def precise_log_density(target: Target) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -194,23 +225,6 @@ def precise_log_density(target: Target) -> tuple[Callable[..., Tensor], tuple[Te
     return log_density, tuple(leaves)
 
 
-def sample_stats(records: list[Record], num: int) -> dict[str, Tensor]:
-    """Statistics of the first ``num`` kept draws of each chain under ArviZ's names, each (C, S)."""
-
-    def column(of: Callable[[Transition], float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor([[of(t) for t in r.transitions[:num]] for r in records], dtype=dtype)
-
-    return {
-        "diverging": column(lambda t: t.diverging, torch.bool),
-        "tree_depth": column(lambda t: t.tree_depth, torch.int64),
-        "n_steps": column(lambda t: t.num_steps, torch.int64),
-        "acceptance_rate": column(lambda t: t.acceptance),
-        "energy": column(lambda t: t.energy),
-        "lp": torch.tensor([r.log_densities[:num] for r in records], dtype=torch.float64),
-        "step_size": torch.tensor([r.step_sizes[:num] for r in records], dtype=torch.float64),
-    }
-
-
 @torch.no_grad()
 def blame(target: Target, starts: Tensor) -> str:
     """Which part of the model is not finite at the starting points, and what to do."""
@@ -229,20 +243,3 @@ def blame(target: Target, starts: Tensor) -> str:
                 f"{len(bad)} data, the first at row {bad[0]}: check the data and the model there, or {advice}"
             )
     return f"log prior and log-likelihood are finite there, so it is the gradient: {advice}"
-
-
-def _figures(bar: Bar) -> Observer:
-    divergences = 0
-
-    def observe(transition: Transition, step_size: float) -> None:
-        nonlocal divergences
-        divergences += transition.diverging
-        bar.advance(
-            1,
-            acceptance=transition.acceptance,
-            divergences=divergences,
-            leapfrogs=transition.num_steps,
-            step_size=step_size,
-        )
-
-    return observe

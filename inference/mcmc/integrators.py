@@ -32,15 +32,21 @@ def velocity(inverse_mass: Tensor, momentum: Tensor) -> Tensor:
     r"""Velocity, :math:`M^{-1} p`.
 
     Args:
-        inverse_mass: Diagonal (..., P) or dense (..., P, P); one more dimension than the momentum means dense.
+        inverse_mass: Diagonal (..., P), dense (..., P, P), or a diagonal d beside factors A and B of R columns each,
+            (..., P, 1 + 2 R) for :math:`\mathrm{diag}(d) + A B^\top`; the number of columns tells them apart.
         momentum: (..., P).
 
     Returns:
         (..., P).
     """
-    if inverse_mass.dim() > momentum.dim():
-        return (inverse_mass @ momentum.unsqueeze(-1)).squeeze(-1)
-    return inverse_mass * momentum
+    if inverse_mass.dim() == momentum.dim():
+        return inverse_mass * momentum
+    column = momentum.unsqueeze(-1)
+    if inverse_mass.shape[-1] == inverse_mass.shape[-2]:
+        return (inverse_mass @ column).squeeze(-1)
+    rank = inverse_mass.shape[-1] // 2
+    diagonal, left, right = inverse_mass.split([1, rank, rank], -1)
+    return (diagonal * column + left @ (right.mT @ column)).squeeze(-1)
 
 
 def leapfrog(
@@ -135,13 +141,17 @@ def leapfrog_program(
         The program.
     """
     data = tuple(data)
-    batched = vmap(grad_and_value(log_density), in_dims=(0, *(None for _ in data)))
+    single = grad_and_value(log_density)
+    batched = vmap(single, in_dims=(0, *(None for _ in data)))
     bits = 2.0 ** torch.arange(num_slots, dtype=torch.float64, device=block.device)
 
     def step(block: Tensor, step_size: Tensor, inverse_mass: Tensor, slots: Tensor, *data: Tensor) -> list[Tensor]:
         def value_and_grad(theta: Tensor) -> tuple[Tensor, Tensor]:
-            grad, value = batched(theta, *data)
-            return value, grad
+            if theta.shape[0] > 1:
+                grad, value = batched(theta, *data)
+                return value, grad
+            grad, value = single(theta[0], *data)  # plain matrix products are faster than batched ones of one
+            return value.unsqueeze(0), grad.unsqueeze(0)
 
         before = block[MOMENTUM_SUM]
         position, momentum, gradient, value = leapfrog(

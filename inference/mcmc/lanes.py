@@ -120,6 +120,8 @@ class Lane:
         self.stream = stream
         self.metric = metric
         self.finished = False
+        self.leapfrogs = 0
+        self.iteration = 0
         self._uniforms: list[float] = []
 
     def join(self, block: Block, index: int) -> None:
@@ -178,3 +180,12 @@ class Lane:
             drawn = torch.rand(_UNIFORMS, generator=self.stream, dtype=torch.float64, device=self.stream.device)
             self._uniforms = (1.0 - drawn).tolist()
         return self._uniforms.pop()
+
+    def random_state(self) -> tuple[Tensor, list[float]]:
+        """State of the stream and the uniforms drawn from it but not used yet."""
+        return self.stream.get_state(), list(self._uniforms)
+
+    def set_random_state(self, stream: Tensor, uniforms: list[float]) -> None:
+        """Go back to what :meth:`random_state` returned."""
+        self.stream.set_state(stream)
+        self._uniforms = list(uniforms)

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from inference.diagnostics import ess_mean
-from inference.mcmc.chains import Ensemble, Schedule
+from inference.mcmc.chain import Schedule
+from inference.mcmc.chains import Ensemble
 from inference.mcmc.hmc import HMCKernel
 from inference.mcmc.integrators import LogDensity
-from inference.mcmc.lanes import Kernel
+from inference.mcmc.lanes import Kernel, Transition
+from inference.mcmc.metrics import MassMatrix, Metric
 from inference.mcmc.nuts import NUTSKernel
+from inference.mcmc.recording import Record, Recorder, Recording
 
 NUTS = NUTSKernel(max_tree_depth=10)
 HMC = HMCKernel(trajectory_length=math.pi / 2, num_leapfrogs=None, jitter=0.2, max_leapfrogs=1000)
@@ -22,7 +25,13 @@ def streams(num: int, seed: int = 0) -> list[torch.Generator]:
 
 
 def ensemble(
-    log_density: LogDensity, starts: Tensor, kernel: Kernel = NUTS, seed: int = 0, **changes: object
+    log_density: LogDensity,
+    starts: Tensor,
+    kernel: Kernel = NUTS,
+    seed: int = 0,
+    mass_matrix: MassMatrix = "diagonal",
+    thinning: int = 1,
+    **changes: object,
 ) -> Ensemble:
     fields = {
         "num_samples": 300,
@@ -30,11 +39,19 @@ def ensemble(
         "step_size": None,
         "adapt_step_size": True,
         "target_accept": 0.8,
-        "mass_matrix": "diagonal",
     }
     options = {k: changes.pop(k) for k in list(changes) if k not in fields}
     schedule = Schedule(**{**fields, **changes})  # type: ignore[arg-type]
-    return Ensemble(log_density, starts, streams(starts.shape[0], seed), kernel, schedule, **options)  # type: ignore[arg-type]
+    recorder = Recorder(Recording(schedule.num_samples, thinning), starts)
+    metric = Metric.identity(mass_matrix, starts[0])
+    common = {"metric": metric, "recorder": recorder, **options}
+    return Ensemble(log_density, starts, streams(starts.shape[0], seed), kernel, schedule, **common)  # type: ignore[arg-type]
+
+
+def transitions(record: Record) -> list[Transition]:
+    names = ("acceptance_rate", "n_steps", "tree_depth", "diverging", "energy")
+    columns = [record.stats.get(name, []) for name in names]
+    return [Transition(a, int(n), int(d), bool(v), e) for a, n, d, v, e in zip(*columns, strict=True)]
 
 
 def draws_of(

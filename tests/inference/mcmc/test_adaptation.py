@@ -5,7 +5,7 @@ import torch
 
 from inference.mcmc.adaptation import DualAveraging, stan_windows
 from inference.mcmc.metrics import CovarianceEstimator, Metric
-from tests.inference.mcmc.sampling import HMC, NUTS, CorrelatedGaussian, ensemble
+from tests.inference.mcmc.sampling import HMC, NUTS, CorrelatedGaussian, ensemble, transitions
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_warmup_brings_acceptance_near_its_target(kernel: object, target: float)
         mass_matrix="identity",
     )
     running.run()
-    rates = [t.acceptance for r in running.records for t in r.transitions]
+    rates = [t.acceptance for r in running.records for t in transitions(r)]
     # The averaged step size is known to err on the small side.
     assert target - 0.07 < sum(rates) / len(rates) < target + 0.15
 
@@ -79,7 +79,7 @@ def test_step_size_heuristic_finds_the_scale_of_the_posterior() -> None:
             adapt_step_size=False,
         )
         running.run()
-        assert 0.1 < running.records[0].step_sizes[0] / scale < 4
+        assert 0.1 < running.records[0].stats["step_size"][0] / scale < 4
 
 
 @pytest.mark.parametrize("dense", [False, True])

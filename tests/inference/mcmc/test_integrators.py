@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacrev
 
-from inference.mcmc.integrators import leapfrog, leapfrog_program, velocity
+from inference.mcmc.integrators import LogDensity, leapfrog, leapfrog_program, velocity
 from tests.inference.mcmc.sampling import CorrelatedGaussian
 
 
@@ -170,3 +170,74 @@ def test_velocity_multiplies_by_the_inverse_mass() -> None:
     momentum = torch.tensor([1.0, 2.0])
     torch.testing.assert_close(velocity(DIAGONAL, momentum), torch.tensor([0.5, 4.0]))
     torch.testing.assert_close(velocity(DENSE, momentum), DENSE @ momentum)
+
+
+def outputs(theta: Tensor, x: Tensor, hidden: int) -> Tensor:
+    first, bias, second, last = theta.split([8 * hidden, hidden, hidden, 1])
+    return torch.tanh(x @ first.view(hidden, 8).T / 8**0.5 + bias) @ second / hidden**0.5 + last
+
+
+def network(x: Tensor, hidden: int) -> LogDensity:
+    """Log density of an 8-H-1 network with noise 0.1 and N(0, 1) priors at (theta, y), sums in float64."""
+
+    def log_density(both: Tensor) -> Tensor:
+        theta, y = both.split([10 * hidden + 1, len(x)])
+        likelihood = -50.0 * (y - outputs(theta, x, hidden)).square()
+        return likelihood.double().sum() - 0.5 * theta.double().square().sum()
+
+    return log_density
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compiler)])
+def test_float32_energies_of_a_network_keep_the_mean_of_exp_minus_energy_error(compile: bool) -> None:
+    # A theta from the prior with data drawn from it is a draw of the posterior given these data, so every chain begins
+    # at stationarity; its data stand behind theta and have no velocity.
+    generator, num, hidden = torch.Generator().manual_seed(0), 64, 10
+    x, dim = torch.randn(691, 8, generator=generator), 10 * hidden + 1
+    theta = torch.randn(num, dim, generator=generator)
+    y = torch.stack([outputs(t, x, hidden) for t in theta]) + 0.1 * torch.randn(num, 691, generator=generator)
+    block = torch.zeros(4, num, dim + 691, dtype=torch.float32)
+    block[0] = torch.cat([theta, y], 1)
+    inverse_mass = torch.zeros_like(block[0])
+    inverse_mass[:, :dim] = 1.0
+    slots = block.new_zeros(2, num, 0, dim + 691)
+    program = leapfrog_program(network(x.to(torch.float32), hidden), block, inverse_mass, compile=compile)
+    step_size = torch.full((num,), 0.004, dtype=torch.float32)
+    block, _, scalars = program(block, 0.0 * step_size, inverse_mass, slots)
+    errors = []
+    for _ in range(20):
+        before = block.clone()
+        before[1] = torch.randn(num, dim + 691, generator=generator)
+        start = 0.5 * (inverse_mass * before[1].square()).double().sum(1) - scalars[:, 0]
+        block, after = before, scalars
+        for _ in range(8):
+            block, _, after = program(block, step_size, inverse_mass, slots)
+        errors.append(after[:, 1] - after[:, 0] - start)
+        accepted = torch.rand(num, generator=generator).log() < -errors[-1]
+        block = torch.where(accepted[:, None], block, before)
+        scalars = torch.where(accepted[:, None], after, scalars)
+    weights = torch.exp(-torch.stack(errors)).mean(0)  # (C,)
+    deviation = float(weights.std()) / num**0.5
+    assert 1e-4 < deviation < 0.05
+    assert abs(float(weights.mean()) - 1) < 4 * deviation
+
+
+def test_differences_of_float32_energies_are_right_to_a_thousandth_of_a_nat() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, both = torch.randn(691, 8, generator=generator), torch.randn(3, 501 + 691, generator=generator)
+    both[:, :501] *= 0.3
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        # the same numbers in both, as float32 holds them
+        start, given = both.to(torch.float32).to(dtype), x.to(torch.float32).to(dtype)
+        block, none = torch.zeros(4, 3, 1192, dtype=dtype), torch.zeros(2, 3, 0, 1192, dtype=dtype)
+        program = leapfrog_program(network(given, 50), block, torch.ones_like(start))
+        values = []
+        for nudge in (0.0, 2.0**-10):
+            block[0] = start
+            block[0, :, 0] += nudge
+            values.append(program(block, torch.zeros(3, dtype=dtype), torch.ones_like(start), none)[2][:, 0])
+        found.append(values[1] - values[0])
+    assert float(values[0].abs().min()) > 1e4
+    assert float(found[1].abs().min()) > 5e-3
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-3)

@@ -10,7 +10,7 @@ from torch.func import grad
 
 from inference.mcmc.integrators import leapfrog_program
 from inference.mcmc.nuts import NUTSKernel, plan
-from tests.inference.mcmc.sampling import HMC, NUTS, CorrelatedGaussian, draws_of, ensemble, z_scores
+from tests.inference.mcmc.sampling import HMC, NUTS, CorrelatedGaussian, draws_of, ensemble, transitions, z_scores
 
 
 def intervals(depth: int) -> set[tuple[int, int]]:
@@ -239,8 +239,8 @@ def test_trees_stop_at_the_maximal_depth(max_tree_depth: int) -> None:
     )
     running.run()
     for record in running.records:
-        assert {t.num_steps for t in record.transitions} == {2**max_tree_depth - 1}
-        assert {t.tree_depth for t in record.transitions} == {max_tree_depth}
+        assert {t.num_steps for t in transitions(record)} == {2**max_tree_depth - 1}
+        assert {t.tree_depth for t in transitions(record)} == {max_tree_depth}
 
 
 def test_a_shallow_tree_still_targets_the_right_distribution() -> None:
@@ -254,8 +254,8 @@ def test_energy_is_that_of_the_accepted_point() -> None:
     running = ensemble(lambda q: -0.5 * q.square().sum(), torch.ones(2, 20), num_samples=200, warmup_steps=100)
     running.run()
     for record in running.records:
-        kinetic = torch.tensor([t.energy + lp for t, lp in zip(record.transitions, record.log_densities, strict=True)])
+        kinetic = torch.tensor([t.energy + lp for t, lp in zip(transitions(record), record.stats["lp"], strict=True)])
         assert float(kinetic.min()) > 0
         assert float(kinetic.mean()) == pytest.approx(10.0, abs=2.0)
         expected = -0.5 * record.draws.square().sum(1)
-        torch.testing.assert_close(torch.tensor(record.log_densities), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(torch.tensor(record.stats["lp"]), expected, rtol=0, atol=1e-10)
