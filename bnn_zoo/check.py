@@ -52,10 +52,16 @@ class Expectation:
 EXPECTED: dict[str, Expectation] = {
     "map": Expectation("point", 0.02),
     "mean_field_vi": Expectation("mean field", 0.1, 1.1),
+    "pathfinder": Expectation("exact", 0.2, 1.3),
     "hmc": Expectation("exact", 0.0),
     "nuts": Expectation("exact", 0.0),
+    "chees_hmc": Expectation("exact", 0.0),
+    "mclmc": Expectation("exact", 0.0),
+    "mile": Expectation("any spread", 0.5),
     "dense_laplace": Expectation("exact", 0.02, 1.02),
     "diagonal_laplace": Expectation("mean field", 0.02, 1.02),
+    "kronecker_laplace": Expectation("exact", 0.02, 1.02),
+    "low_rank_laplace": Expectation("exact", 0.02, 1.02),
     "swag": Expectation("any spread", 0.5),
     "deep_ensemble": Expectation("point", 0.1),
     "svgd": Expectation("narrow", 0.1),
@@ -70,6 +76,7 @@ _HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "mean_field_vi": {"num_steps": 5000, "num_particles": 4},
     "svgd": {"num_particles": 50},
     "deep_ensemble": {"batch_size": None},
+    "mile": {"num_samples": 2000, "warmup_steps": 2000, "num_chains": 4},
     "pyro_mcmc": {"num_samples": 500, "warmup_steps": 300},
 }
 

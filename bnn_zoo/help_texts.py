@@ -19,11 +19,15 @@ the probability of each.
 - `bnn-zoo predict runs/houses new_houses.csv --level 0.8 --out prices.csv`
 """
 
-DIAGNOSE = """Say whether to trust a saved posterior: R-hat and ESS of predictions, divergences, k-hat, warnings.
+DIAGNOSE = """Say whether to trust a saved posterior: R-hat, ESS and standard errors of predictions and weights,
+divergences, acceptance, step size and BFMI of each chain, k-hat, and warnings with the remedy.
+
+`--align` also compares the weights after hidden units were matched between draws, which undoes the arbitrary numbering
+of units by each chain.
 
 **Example**
 
-- `bnn-zoo diagnose runs/energy/posteriors/nuts`
+- `bnn-zoo diagnose runs/energy/posteriors/nuts --align`
 """
 
 CHECK = """Hold a backend to the closed-form posterior of Bayesian linear regression with known noise.
@@ -31,11 +35,20 @@ CHECK = """Hold a backend to the closed-form posterior of Bayesian linear regres
 The verdict is `exact`, `biased as documented` (the known bias of the method, with the number it should have), or
 `wrong`; then the command ends with code 1.
 
+With `--sbc`: draw weights from the prior and data from the likelihood, fit, and rank the true weights and function
+values among the posterior draws, a few hundred times. Ranks of an exact method are `uniform`; `NOT UNIFORM` of one that
+promises the posterior ends with code 1. Methods with a documented bias are expected to fail, with the shape that
+it has: too narrow, too wide, shifted.
+
 **Examples**
 
 - `bnn-zoo check nuts`
 
 - `bnn-zoo check mean_field_vi --set mean_field_vi.num_steps=20000`
+
+- `bnn-zoo check --sbc --backends nuts,mean_field_vi,map --replicates 200 --out runs/sbc`
+
+- `bnn-zoo check nuts --sbc --model mlp --jobs 2`
 """
 
 COMPARE = """Fit several backends to one model on one data set and say which to trust.

@@ -24,11 +24,13 @@ _SCALED: dict[str, Callable[..., priors.Prior]] = {
     "normal": priors.Normal,
     "laplace": priors.Laplace,
     "student_t": priors.StudentT,
+    "logistic": priors.Logistic,
 }
 PRIORS: dict[str, str] = {
     "normal": "Gaussian: `normal:fan_in` (sd 1/sqrt(inputs) for weights, 1 for biases), or `normal:0.5`",
     "laplace": "Laplace: `laplace:fan_in`, or `laplace:0.5` for its scale b",
     "student_t": "Student t with 3 degrees of freedom: `student_t:fan_in`, or `student_t:0.5`",
+    "logistic": "logistic, tails between Gaussian and Laplace: `logistic:fan_in`, or `logistic:0.5` for its scale",
     "scale_mixture": "half N(0, 1) and half N(0, 0.1^2), as in Bayes by Backprop",
     "hierarchical": "Gaussian whose sd is learnt for each layer: `hierarchical:1` for a HalfNormal(1) prior on it",
 }

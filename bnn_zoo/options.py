@@ -59,7 +59,7 @@ Prior = Annotated[
     str,
     typer.Option(
         metavar="PRIOR",
-        help="normal:fan_in, normal:0.5, laplace:fan_in, student_t:fan_in, scale_mixture, hierarchical.",
+        help="normal:fan_in, normal:0.5; also laplace, student_t, logistic, scale_mixture, hierarchical.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -15,38 +15,34 @@ visited, and in weight space the symmetries of a network, which make R-hat large
 Source: vehtari2021rank (Bayesian Analysis 16(2), 667-718); the details follow ArviZ 0.23.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import next_fast_len
-from scipy.special import ndtri
 
 from inference.arrays import Array, Floats, as_numpy
 from inference.psis import psis_khat, psis_weights
+from inference.rank_blocks import Block, Progress, by_blocks, effective_size
 
 __all__ = [
     "Convergence",
+    "StandardErrors",
     "bfmi",
     "convergence",
     "ess_bulk",
+    "ess_evolution",
     "ess_mean",
+    "ess_quantile",
     "ess_tail",
     "mcse_mean",
+    "mcse_quantile",
     "mcse_sd",
+    "nested_rhat",
     "psis_khat",
     "psis_weights",
     "rhat",
+    "standard_errors",
 ]
-
-Progress = Callable[[int, int], object]
-
-# Measured from 32 kB to 16 MB: small enough for the work arrays to stay in a core's cache, large enough for numpy.
-_BLOCK_BYTES = 1 << 18
-_MINIMUM_DRAWS = 4
-_TAIL_PROBABILITIES = (0.05, 0.95)
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,21 @@ class Convergence:
     mcse_mean: Floats
 
 
+@dataclass(frozen=True)
+class StandardErrors:
+    """Monte-Carlo standard errors of every scalar, each of the trailing shape, in the units of the draws.
+
+    Attributes:
+        mean: Of the mean.
+        sd: Of the standard deviation.
+        quantile: The larger of those of the 5 % and the 95 % quantile.
+    """
+
+    mean: Floats
+    sd: Floats
+    quantile: Floats
+
+
 def convergence(draws: Array, *, progress: Progress | None = None) -> Convergence:
     """R-hat, bulk and tail ESS and the standard error of the mean, sharing one sort.
 
@@ -83,10 +94,10 @@ def convergence(draws: Array, *, progress: Progress | None = None) -> Convergenc
         ((3,), True)
     """
 
-    def figures(block: _Block) -> tuple[Floats, ...]:
-        return block.rhat(), _ess(block.bulk_scores), block.ess_tail(), block.mcse_mean()
+    def figures(block: Block) -> tuple[Floats, ...]:
+        return block.rhat(), effective_size(block.bulk_scores), block.ess_tail(), block.mcse_mean()
 
-    return Convergence(*_by_blocks(draws, figures, 4, progress))
+    return Convergence(*by_blocks(draws, figures, 4, progress))
 
 
 def rhat(draws: Array, *, progress: Progress | None = None) -> Floats:
@@ -103,7 +114,7 @@ def rhat(draws: Array, *, progress: Progress | None = None) -> Floats:
         R-hat of each scalar, of the trailing shape; 1 when the chains agree, above 1.01 look again; NaN for one
         chain, for S < 4, for constant draws and where a draw is NaN.
     """
-    return _by_blocks(draws, lambda block: (block.rhat(),), 1, progress)[0]
+    return by_blocks(draws, lambda block: (block.rhat(),), 1, progress)[0]
 
 
 def ess_bulk(draws: Array, *, progress: Progress | None = None) -> Floats:
@@ -116,7 +127,7 @@ def ess_bulk(draws: Array, *, progress: Progress | None = None) -> Floats:
     Returns:
         Effective number of draws of each scalar; C S for constant draws, NaN for S < 4 and where a draw is NaN.
     """
-    return _by_blocks(draws, lambda block: (_ess(block.bulk_scores),), 1, progress)[0]
+    return by_blocks(draws, lambda block: (effective_size(block.bulk_scores),), 1, progress)[0]
 
 
 def ess_tail(draws: Array, *, progress: Progress | None = None) -> Floats:
@@ -129,7 +140,7 @@ def ess_tail(draws: Array, *, progress: Progress | None = None) -> Floats:
     Returns:
         Effective number of draws of each scalar; NaN for S < 4 and where a draw is NaN.
     """
-    return _by_blocks(draws, lambda block: (block.ess_tail(),), 1, progress)[0]
+    return by_blocks(draws, lambda block: (block.ess_tail(),), 1, progress)[0]
 
 
 def ess_mean(draws: Array, *, progress: Progress | None = None) -> Floats:
@@ -142,7 +153,7 @@ def ess_mean(draws: Array, *, progress: Progress | None = None) -> Floats:
     Returns:
         Effective number of draws of each scalar; NaN for S < 4 and where a draw is not finite.
     """
-    return _by_blocks(draws, lambda block: (_ess(block.split),), 1, progress)[0]
+    return by_blocks(draws, lambda block: (effective_size(block.split),), 1, progress)[0]
 
 
 def mcse_mean(draws: Array, *, progress: Progress | None = None) -> Floats:
@@ -155,7 +166,7 @@ def mcse_mean(draws: Array, *, progress: Progress | None = None) -> Floats:
     Returns:
         Standard error of each scalar, in the units of the draws; NaN for S < 4 and where a draw is not finite.
     """
-    return _by_blocks(draws, lambda block: (block.mcse_mean(),), 1, progress)[0]
+    return by_blocks(draws, lambda block: (block.mcse_mean(),), 1, progress)[0]
 
 
 def mcse_sd(draws: Array, *, progress: Progress | None = None) -> Floats:
@@ -169,7 +180,119 @@ def mcse_sd(draws: Array, *, progress: Progress | None = None) -> Floats:
         Standard error of each scalar, in the units of the draws; NaN for S < 4, for constant draws and where a
         draw is not finite.
     """
-    return _by_blocks(draws, lambda block: (block.mcse_sd(),), 1, progress)[0]
+    return by_blocks(draws, lambda block: (block.mcse_sd(),), 1, progress)[0]
+
+
+def ess_quantile(draws: Array, probability: float, *, progress: Progress | None = None) -> Floats:
+    """Effective sample size of a quantile: of the indicator of lying below it.
+
+    Args:
+        draws: Draws, shape (C, S, ...).
+        probability: Level of the quantile, in (0, 1).
+        progress: Called as ``progress(done, total)`` in scalars after each block.
+
+    Returns:
+        Effective number of draws of each scalar; NaN for S < 4 and where a draw is NaN.
+    """
+    _check_probability(probability)
+    return by_blocks(draws, lambda block: (block.ess_quantile(probability)[1],), 1, progress)[0]
+
+
+def mcse_quantile(draws: Array, probability: float, *, progress: Progress | None = None) -> Floats:
+    """Monte-Carlo standard error of a quantile, from the beta law of an order statistic of ``ess_quantile`` draws.
+
+    Args:
+        draws: Draws, shape (C, S, ...).
+        probability: Level of the quantile, in (0, 1).
+        progress: Called as ``progress(done, total)`` in scalars after each block.
+
+    Returns:
+        Standard error of each scalar, in the units of the draws; NaN for S < 4 and where a draw is NaN.
+    """
+    _check_probability(probability)
+    return by_blocks(draws, lambda block: (block.mcse_quantile(probability),), 1, progress)[0]
+
+
+def standard_errors(draws: Array, *, progress: Progress | None = None) -> StandardErrors:
+    """Standard errors of mean, standard deviation and tail quantiles.
+
+    Args:
+        draws: Draws, shape (C, S, ...).
+        progress: Called as ``progress(done, total)`` in scalars after each block.
+
+    Returns:
+        The three figures; NaN where a scalar holds NaN or S < 4.
+    """
+
+    def figures(block: Block) -> tuple[Floats, ...]:
+        tails = np.maximum(block.mcse_quantile(0.05), block.mcse_quantile(0.95))
+        return block.mcse_mean(), block.mcse_sd(), tails
+
+    return StandardErrors(*by_blocks(draws, figures, 3, progress))
+
+
+def ess_evolution(draws: Array, num_points: int = 10) -> tuple[NDArray[np.intp], Floats]:
+    """Bulk effective sample size of the first draws of each chain: grows in proportion to them when chains mix.
+
+    Args:
+        draws: Draws, shape (C, S, ...).
+        num_points: Number of lengths, spread evenly up to S.
+
+    Returns:
+        Lengths in draws per chain, (n,), and the effective number of draws at each, (n, ...).
+
+    Raises:
+        ValueError: If ``num_points`` is below 1 or there are fewer than 4 draws per chain.
+    """
+    array = as_numpy(draws)
+    if num_points < 1 or array.ndim < 2 or array.shape[1] < 4:
+        raise ValueError(
+            f"an evolution needs num_points >= 1 and draws of shape (C, S, ...) with S >= 4, got {num_points} and "
+            f"{array.shape}"
+        )
+    lengths = np.unique(np.linspace(array.shape[1] / num_points, array.shape[1], num_points).round().astype(int))
+    lengths = lengths[lengths >= 4]
+    return lengths, np.stack([ess_bulk(array[:, :length]) for length in lengths])
+
+
+def nested_rhat(draws: Array, superchains: int | Array) -> Floats:
+    r"""Nested R-hat, for many short chains: superchains of M chains that share a starting point.
+
+    With :math:`\hat B` the variance of the K superchains' means, :math:`\tilde B_k` that of the chains' means within
+    superchain k and :math:`\tilde W_k` the mean variance within its chains,
+
+    .. math:: \hat R_\nu = \sqrt{1 + \hat B / \hat W}, \qquad \hat W = \frac1K \sum_k (\tilde B_k + \tilde W_k).
+
+    Near 1 even for single draws when all chains have forgotten their starting points; about
+    :math:`\sqrt{1 + 1/(M\,\mathrm{ESS})}` then, with the effective size of one chain. Chains that started apart may
+    be grouped too, which makes the figure less sensitive. Draws are not ranked. Source: margossian2024nested [recalled
+    from the paper, not re-read].
+
+    Args:
+        draws: Draws, shape (C, S, ...).
+        superchains: Number K >= 2 of superchains, of C / K consecutive chains each, or the superchain of each chain,
+            (C,), all of one size.
+
+    Returns:
+        One figure per scalar, of the trailing shape; NaN where all draws are equal or one is NaN.
+
+    Raises:
+        ValueError: If the draws have no chains, or the superchains do not fit them.
+    """
+    array = as_numpy(draws)
+    if array.ndim < 2 or array.dtype.kind not in "fiub":
+        raise ValueError(f"draws must be real numbers of shape (C, S, ...), got {array.dtype} of shape {array.shape}")
+    ids = _superchains(superchains, array.shape[0])
+    count = len(np.unique(ids))
+    ordered = array[np.argsort(ids, kind="stable")].astype(np.float64, copy=False)
+    length = ordered.shape[1]
+    means = ordered.mean(axis=1).reshape(count, -1, *array.shape[2:])  # (K, M, ...)
+    within = (
+        ordered.var(axis=1, ddof=1).reshape(means.shape).mean(axis=1) if length > 1 else np.zeros(means[:, 0].shape)
+    )
+    between_chains = means.var(axis=1, ddof=1) if means.shape[1] > 1 else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(1 + means.mean(axis=1).var(axis=0, ddof=1) / (between_chains + within).mean(axis=0))
 
 
 def bfmi(energy: Array) -> Floats:
@@ -191,193 +314,22 @@ def bfmi(energy: Array) -> Floats:
         return np.square(np.diff(values, axis=1)).mean(axis=1) / values.var(axis=1, ddof=1)
 
 
-class _Block:
-    """A block of R scalars: the half chains, contiguous, and their order, computed when first asked for."""
-
-    def __init__(self, draws: NDArray, start: int, stop: int) -> None:
-        chains, length = draws.shape[:2]
-        half = length // 2
-        self.split = np.empty((stop - start, 2 * chains, half))  # (R, 2C, S // 2)
-        self.split[:, :chains] = np.moveaxis(draws[:, :half, start:stop], -1, 0)
-        self.split[:, chains:] = np.moveaxis(draws[:, length - half :, start:stop], -1, 0)
-        self.rows = self.split.reshape(stop - start, -1)
-        # An odd number of draws leaves the middle one out of the halves, but not out of the moments and quantiles.
-        middle = np.moveaxis(draws[:, half : length - half, start:stop], -1, 0).reshape(stop - start, -1)
-        self.all = np.concatenate([self.rows, middle], axis=1, dtype=np.float64) if length % 2 else self.rows
-        self._bulk: tuple[NDArray[np.intp], Floats, Floats] | None = None
-
-    def _ordered(self) -> tuple[NDArray[np.intp], Floats, Floats]:
-        """Order of the draws in the halves, the draws in that order, and their normal scores in the old order."""
-        if self._bulk is None:
-            order = np.argsort(self.rows, axis=1)
-            ranked = _gather(self.rows, order)
-            scores = _scatter(_normal_scores(ranked), order)
-            self._bulk = order, ranked, scores.reshape(self.split.shape)
-        return self._bulk
-
-    @property
-    def bulk_scores(self) -> Floats:
-        """Normal scores of the ranks, shape (R, 2C, S // 2)."""
-        return self._ordered()[2]
-
-    def folded_scores(self) -> Floats:
-        """Normal scores of the ranks of the distances to the median, shape (R, 2C, S // 2)."""
-        order, ranked, _ = self._ordered()
-        middle = ranked.shape[1] // 2
-        median = (ranked[:, middle - 1] + ranked[:, middle]) / 2
-        folded = np.abs(ranked - median[:, None])
-        # The folded values fall, then rise: a merge sort recognises the two runs and only merges them.
-        merge = np.argsort(folded, axis=1, kind="stable")
-        scores = _scatter(_normal_scores(_gather(folded, merge)), _gather(order, merge))
-        scores[~np.isfinite(median)] = np.nan
-        return scores.reshape(self.split.shape)
-
-    def rhat(self) -> Floats:
-        """R-hat of each scalar, shape (R,)."""
-        if self.split.shape[1] < 4:
-            return np.full(len(self.split), np.nan)
-        bulk, folded = _rhat(self.bulk_scores), _rhat(self.folded_scores())
-        return np.where(folded > bulk, folded, bulk)
-
-    def ess_tail(self) -> Floats:
-        """Tail effective sample size of each scalar, shape (R,)."""
-        ranked = self._ordered()[1] if self._bulk is not None and self.all is self.rows else None
-        sizes = [
-            _ess((self.split <= quantile[:, None, None]).astype(np.float64))
-            for quantile in _quantiles(self.all, ranked, _TAIL_PROBABILITIES)
-        ]
-        return np.minimum(*sizes)
-
-    def mcse_mean(self) -> Floats:
-        """Standard error of the mean of each scalar, shape (R,)."""
-        return self.all.std(axis=1, ddof=1) / np.sqrt(_ess(self.split))
-
-    def mcse_sd(self) -> Floats:
-        """Standard error of the standard deviation of each scalar, shape (R,)."""
-        mean = self.all.mean(axis=1, keepdims=True)
-        squares = np.square(self.all - mean)
-        variance = squares.mean(axis=1)
-        spread = np.square(squares).mean(axis=1) - variance**2
-        return np.sqrt(spread / _ess(np.square(self.split - mean[:, None])) / variance / 4)
+def _check_probability(probability: float) -> None:
+    """Raise unless a quantile's level is inside (0, 1)."""
+    if not 0 < probability < 1:
+        raise ValueError(f"`probability` must be between 0 and 1, got {probability}")
 
 
-def _by_blocks(
-    draws: Array,
-    figures: Callable[[_Block], tuple[Floats, ...]],
-    num_figures: int,
-    progress: Progress | None,
-) -> list[Floats]:
-    """Apply ``figures`` to blocks of scalars that fit the cache."""
-    array = as_numpy(draws)
-    if array.ndim < 2 or not array.shape[0] or array.dtype.kind not in "fiub":
+def _superchains(given: int | Array, num_chains: int) -> NDArray:
+    """The superchain of each chain."""
+    if isinstance(given, int):
+        if given < 2 or num_chains % given:
+            raise ValueError(f"{num_chains} chains do not make {given} superchains of one size, at least 2 of them")
+        return np.repeat(np.arange(given), num_chains // given)
+    ids = as_numpy(given)
+    sizes = np.unique(ids, return_counts=True)[1] if ids.shape == (num_chains,) else np.array([])
+    if len(sizes) < 2 or sizes.min() != sizes.max():
         raise ValueError(
-            f"draws must be real numbers of shape (C, S, ...), got {array.dtype} of shape {array.shape}; "
-            "put the chains first and the draws second"
+            f"`superchains` must name one of at least 2 superchains of one size for each of {num_chains} chains"
         )
-    chains, length, *trailing = array.shape
-    total = prod(trailing)
-    out = np.full((num_figures, total), np.nan)
-    flat = array.reshape(chains, length, total)
-    size = max(1, _BLOCK_BYTES // (8 * chains * max(1, length)))
-    for start in range(0, total if length >= _MINIMUM_DRAWS else 0, size):
-        stop = min(total, start + size)
-        block = _Block(flat, start, stop)
-        with np.errstate(all="ignore"):
-            out[:, start:stop] = figures(block)
-        out[:, start:stop][:, np.isnan(block.all).any(axis=1)] = np.nan
-        if progress is not None:
-            progress(stop, total)
-    return [row.reshape(trailing) for row in out]
-
-
-def _gather(values: NDArray, order: NDArray[np.intp]) -> NDArray:
-    """``values[r, order[r]]`` for each row r; a loop over rows is three times faster than fancy indexing."""
-    out = np.empty_like(values)
-    for target, source, index in zip(out, values, order, strict=True):
-        source.take(index, out=target, mode="clip")
-    return out
-
-
-def _scatter(values: Floats, order: NDArray[np.intp]) -> Floats:
-    """The inverse of ``_gather``."""
-    out = np.empty_like(values)
-    for target, source, index in zip(out, values, order, strict=True):
-        target[index] = source
-    return out
-
-
-def _normal_scores(ranked: Floats) -> Floats:
-    """Normal scores of rows in ascending order, shape (R, n); tied values share their average rank."""
-    num_rows, n = ranked.shape
-    table = ndtri((np.arange(2, 2 * n + 1) / 2 - 3 / 8) / (n - 2 * 3 / 8 + 1))  # of ranks 1, 1.5, 2, ..., n
-    scores = np.empty((num_rows, n))
-    scores[:] = table[::2]
-    tied = np.zeros((num_rows, n + 1), dtype=bool)  # with the value before; the edges close the runs
-    np.equal(ranked[:, 1:], ranked[:, :-1], out=tied[:, 1:n])
-    if not tied.any():
-        return scores
-    first = np.flatnonzero(tied[:, 1:] & ~tied[:, :-1])
-    last = np.flatnonzero(tied[:, :-1] & ~tied[:, 1:])
-    lengths = last - first + 1
-    before = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) + np.repeat(first - before, lengths)
-    scores.reshape(-1)[positions] = np.repeat(table[first % n + last % n], lengths)
-    return scores
-
-
-def _rhat(scores: Floats) -> Floats:
-    """Potential scale reduction of chains of shape (R, M, n)."""
-    n = scores.shape[2]
-    between = n * scores.mean(axis=2).var(axis=1, ddof=1)
-    within = scores.var(axis=2, ddof=1).mean(axis=1)
-    return np.sqrt((between / within + n - 1) / n)
-
-
-def _quantiles(values: Floats, ranked: Floats | None, probabilities: tuple[float, ...]) -> list[Floats]:
-    """Quantiles of each row by R's definition 7, from the rows in order where they are at hand."""
-    n = values.shape[1]
-    positions = [n * probability + (1 - probability) for probability in probabilities]
-    below = [int(np.clip(np.floor(position), 1, n - 1)) for position in positions]
-    if ranked is None:
-        ranked = np.partition(values, sorted({i for k in below for i in (k - 1, k)}), axis=1)
-    weights = [np.clip(position - k, 0, 1) for position, k in zip(positions, below, strict=True)]
-    return [(1 - w) * ranked[:, k - 1] + w * ranked[:, k] for w, k in zip(weights, below, strict=True)]
-
-
-def _autocovariance(chains: Floats) -> Floats:
-    """Autocovariance at every lag, averaged over the chains, shape (R, M, n) -> (R, n)."""
-    n = chains.shape[2]
-    length = next_fast_len(2 * n)
-    spectrum = np.fft.rfft(chains - chains.mean(axis=2, keepdims=True), n=length, axis=2)
-    spectrum *= np.conjugate(spectrum)
-    by_chain = np.fft.irfft(spectrum, n=length, axis=2)[:, :, :n] / n
-    # Summed in ArviZ's order: with draws of few distinct values a pair of Geyer's sequence can be exactly zero,
-    # and then the rounding decides where the sequence ends.
-    return np.ascontiguousarray(np.swapaxes(by_chain, 1, 2)).mean(axis=2)
-
-
-def _ess(chains: Floats) -> Floats:
-    """Effective sample size of chains of shape (R, M, n), by Geyer's initial monotone sequence of pairs of lags."""
-    num_chains, n = chains.shape[1:]
-    total = num_chains * n
-    covariance = _autocovariance(chains)
-    within = covariance[:, :1] * n / (n - 1.0)
-    pooled = within * (n - 1.0) / n
-    if num_chains > 1:
-        pooled = pooled + chains.mean(axis=2).var(axis=1, ddof=1)[:, None]
-    correlation = 1.0 - (within - covariance) / pooled
-    correlation[:, 0] = 1.0
-    limit = max(0, (n - 3) // 2)  # the last pair that may be looked at
-    even = correlation[:, : 2 * limit + 1 : 2]
-    pairs = even + correlation[:, 1 : 2 * limit + 2 : 2]
-    alive = np.logical_and.accumulate(pairs[:, :limit] > 0, axis=1)
-    last = alive.sum(axis=1)  # the pairs before this one count whole, and the even half of this one if positive
-    odd_end = np.take_along_axis(even, last[:, None], axis=1)[:, 0]
-    kept = (odd_end > 0) | ((last > 0) & (np.take_along_axis(pairs, last[:, None], axis=1)[:, 0] >= 0))
-    monotone = np.minimum.accumulate(pairs[:, :limit], axis=1)
-    tau = -1.0 + 2.0 * np.where(alive, monotone, 0.0).sum(axis=1) + np.where(kept, odd_end, 0.0)
-    size = total / np.maximum(tau, 1 / np.log10(total))
-    size[np.isnan(correlation[:, 1])] = np.nan
-    span = chains.max(axis=(1, 2)) - chains.min(axis=(1, 2))
-    size[span < np.finfo(np.float64).resolution] = total
-    return size
+    return ids

@@ -111,7 +111,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"no file {path}")
+        raise DataError(f"no file {path}; give the path of a CSV file")
     try:
         separator, names = _header(path)
         with warnings.catch_warnings():

@@ -325,4 +325,4 @@ def did_you_mean(word: str, known: Iterable[str], what: str) -> str:
     by_lower = {name.lower(): name for name in known}
     close = [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower)]
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}The {what} are {', '.join(known)}"
+    return f"{hint}{'The' if close else 'the'} {what} are {', '.join(known)}"

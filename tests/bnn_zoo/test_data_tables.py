@@ -132,7 +132,7 @@ def test_dtype_is_the_one_asked_for():
 def test_unknown_names_list_close_matches():
     with pytest.raises(data.DataError, match=r"unknown data set 'enrgy': did you mean 'energy'\?"):
         data.load("enrgy")
-    with pytest.raises(data.DataError, match="The data sets are energy, yacht"):
+    with pytest.raises(data.DataError, match="the data sets are energy, yacht"):
         data.splits("zzz")
 
 

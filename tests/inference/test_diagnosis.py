@@ -39,9 +39,9 @@ def target_of(name: str) -> Target:
     return compile_target(case.model(), case.x, case.y)
 
 
-def chains(name: str, shift: float = 0.0, **options: Any) -> DrawsPosterior:
+def chains(name: str, shift: float = 0.0, length: int = 50, **options: Any) -> DrawsPosterior:
     target = target_of(name)
-    values = 0.3 * torch.randn(4, 50, target.dim, generator=torch.Generator().manual_seed(0))
+    values = 0.3 * torch.randn(4, length, target.dim, generator=torch.Generator().manual_seed(0))
     values[0] += shift
     return DrawsPosterior(target, values, backend=Chains(), **options)
 
@@ -74,7 +74,7 @@ def test_function_draws_are_those_of_the_network() -> None:
 
 
 def test_chains_that_agree_raise_no_warning_and_chains_that_do_not_are_told_with_numbers() -> None:
-    assert diagnose(chains("by_hand")).trusted
+    assert diagnose(chains("by_hand", length=1000)).trusted
     found = diagnose(chains("by_hand", shift=3.0))
     assert not found.trusted
     share = (found.rhat_functions > 1.1).mean()
@@ -188,10 +188,11 @@ def test_diagnosis_works_in_both_dtypes_and_its_summary_is_json(dtype: torch.dty
 def test_the_report_prints_figures_and_warnings() -> None:
     text = str(diagnose(chains("by_hand", shift=3.0)))
     assert text.startswith("Chains: read the warnings")
-    assert "rhat_functions_95" in text
+    assert "functions at probes" in text
+    assert "R-hat  " in text
     assert "\n  ! R-hat of the predictions" in text
     assert "khat" not in text
-    assert str(diagnose(chains("by_hand"))).startswith("Chains: nothing to worry about found")
+    assert str(diagnose(chains("by_hand", length=1000))).startswith("Chains: nothing to worry about found")
 
 
 def test_constant_chains_do_not_break_the_summary() -> None:
@@ -200,3 +201,85 @@ def test_constant_chains_do_not_break_the_summary() -> None:
     found = diagnose(DrawsPosterior(target, values, backend=Chains()))
     json.dumps(found.summary(), allow_nan=False)
     assert not found.trusted
+
+
+class Sampler(Chains):
+    """One that adapts its step size."""
+
+    target_accept = 0.8
+    adapt_step_size = True
+
+
+def energies(rho: float, seed: int = 3) -> Tensor:
+    """Energies of four chains whose successive differences carry a share of about 2 - 2 rho of the variance."""
+    noise = torch.randn(4, 400, generator=torch.Generator().manual_seed(seed))
+    values = [noise[:, 0]]
+    for t in range(1, 400):
+        values.append(rho * values[-1] + (1 - rho**2) ** 0.5 * noise[:, t])
+    return torch.stack(values, 1)
+
+
+def test_what_the_sampler_recorded_is_shown_per_chain_and_bad_figures_are_told_with_the_remedy() -> None:
+    stats = {
+        "diverging": torch.zeros(4, 400, dtype=torch.bool),
+        "acceptance_rate": torch.tensor([0.8, 0.5, 0.82, 0.79]).unsqueeze(1).expand(4, 400),
+        "step_size": torch.tensor([0.1, 0.1, 0.1, 0.9]).unsqueeze(1).expand(4, 400),
+        "energy": torch.cat([energies(0.0)[:3], energies(0.95)[3:]]),
+    }
+    target = target_of("by_hand")
+    values = 0.3 * torch.randn(4, 400, target.dim, generator=torch.Generator().manual_seed(0))
+    found = diagnose(DrawsPosterior(target, values, backend=Sampler(), sample_stats=stats))
+    np.testing.assert_allclose(found.bfmi, az.bfmi(stats["energy"].numpy()), rtol=1e-12)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.acceptance, [0.8, 0.5, 0.82, 0.79])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.chain_divergences, [0, 0, 0, 0])  # type: ignore[arg-type]
+    text = "\n".join(found.warnings)
+    assert "acceptance is 0.50 in chain 1 where warm-up aimed at 0.8" in text
+    assert "step sizes differ 9-fold between chains (0.1 to 0.9)" in text
+    assert f"BFMI is {found.bfmi.min():.2f} (limit 0.3) in chain 3" in text  # type: ignore[union-attr]
+    assert len(found.warnings) == 3
+    lines = str(found).splitlines()
+    assert any(line.split()[:5] == ["acceptance", "0.8", "0.5", "0.82", "0.79"] for line in lines)
+    assert found.summary()["bfmi_min"] == found.bfmi.min()  # type: ignore[union-attr]
+
+
+def test_a_sampler_without_an_aim_is_not_told_that_it_accepts_too_much() -> None:
+    stats = {"acceptance_rate": torch.full((4, 1000), 0.999)}
+    assert diagnose(chains("by_hand", length=1000, sample_stats=stats)).trusted
+
+
+def test_standard_errors_are_in_posterior_standard_deviations() -> None:
+    found = diagnose(chains("by_hand", length=1000))
+    # Independent draws: 1/sqrt(4000) for the mean, 1/sqrt(8000) for the standard deviation.
+    for errors, shape in ((found.functions.errors, (12,)), (found.weights.errors, (12,))):
+        assert errors.mean.shape == shape
+        np.testing.assert_allclose(errors.mean, 4000**-0.5, rtol=0.35)
+    np.testing.assert_allclose(found.weights.errors.sd, 8000**-0.5, rtol=0.35)
+    assert 0.02 < found.weights.errors.quantile.min() < found.weights.errors.quantile.max() < 0.06
+    data = az.convert_to_dataset({"theta": chains("by_hand", length=1000).draws.numpy()})
+    np.testing.assert_allclose(found.weights.ess_tail, az.ess(data, method="tail").theta.to_numpy(), rtol=1e-8)
+
+
+def test_many_short_chains_are_judged_by_nested_rhat_of_superchains() -> None:
+    target = target_of("by_hand")
+    values = 0.3 * torch.randn(64, 5, target.dim, generator=torch.Generator().manual_seed(0))
+    found = diagnose(DrawsPosterior(target, values, backend=Chains()))
+    assert found.functions.nested.shape == (12,)
+    assert found.trusted
+    apart = values + torch.randn(8, 1, target.dim).repeat_interleave(8, 0)  # eight starts that were not forgotten
+    worse = diagnose(DrawsPosterior(target, apart, backend=Chains()))
+    assert worse.warnings[0].startswith("nested R-hat of the predictions is above 1.1 at")
+    mixed = torch.arange(64) % 8  # the same chains, but each superchain has one of every start
+    assert diagnose(DrawsPosterior(target, apart, backend=Chains()), superchains=mixed).trusted
+    single = diagnose(DrawsPosterior(target, values[:, :1], backend=Chains()))
+    assert single.trusted
+    assert "nested R-hat" in str(single)
+
+
+def test_weights_that_cannot_be_swapped_are_warned_about_and_others_noted() -> None:
+    problem = linear_regression()
+    target = compile_target(problem.model, problem.x, problem.y)
+    values = 0.3 * torch.randn(4, 1000, 3, generator=torch.Generator().manual_seed(0))
+    values[0, :, 1] += 3
+    found = diagnose(DrawsPosterior(target, values, backend=Chains()))
+    assert any(w.startswith("R-hat of the weights is above 1.1 at 33% of them") for w in found.warnings)
+    assert not found.notes

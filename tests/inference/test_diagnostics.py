@@ -26,6 +26,14 @@ TWINS: dict[str, tuple[Callable, Callable]] = {
     "ess_mean": (diagnostics.ess_mean, lambda x: az.ess(x, method="mean")),
     "mcse_mean": (diagnostics.mcse_mean, lambda x: az.mcse(x, method="mean")),
     "mcse_sd": (diagnostics.mcse_sd, lambda x: az.mcse(x, method="sd")),
+    "ess_quantile": (
+        lambda x: diagnostics.ess_quantile(x, 0.1),
+        lambda x: az.ess(x, method="quantile", prob=0.1),
+    ),
+    "mcse_quantile": (
+        lambda x: diagnostics.mcse_quantile(x, 0.9),
+        lambda x: az.mcse(x, method="quantile", prob=0.9),
+    ),
 }
 
 
@@ -235,3 +243,76 @@ def test_memory_does_not_grow_with_the_number_of_scalars(length: int, scalars: i
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     results = 4 * 8 * scalars / 1024
     assert int(done.stdout) < results + 20_000  # kB
+
+
+def test_standard_errors_are_those_of_the_functions_with_the_worse_tail() -> None:
+    draws = autoregressive(np.random.default_rng(14), (4, 200, 5), 0.5)
+    found = diagnostics.standard_errors(draws)
+    np.testing.assert_array_equal(found.mean, diagnostics.mcse_mean(draws))
+    np.testing.assert_array_equal(found.sd, diagnostics.mcse_sd(draws))
+    tails = [diagnostics.mcse_quantile(draws, level) for level in (0.05, 0.95)]
+    np.testing.assert_array_equal(found.quantile, np.maximum(*tails))
+
+
+def test_standard_error_of_a_quantile_is_the_spread_of_quantiles_over_replicates() -> None:
+    draws = autoregressive(np.random.default_rng(15), (4, 500, 1000), 0.6)
+    spread = np.quantile(draws, 0.9, axis=(0, 1)).std()
+    np.testing.assert_allclose(diagnostics.mcse_quantile(draws, 0.9).mean(), spread, rtol=4 / np.sqrt(2 * 1000))
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.2])
+def test_a_quantile_level_outside_zero_and_one_is_refused(level: float) -> None:
+    for figure in (diagnostics.mcse_quantile, diagnostics.ess_quantile):
+        with pytest.raises(ValueError, match=r"`probability` must be between 0 and 1, got"):
+            figure(np.zeros((2, 9)), level)
+
+
+def test_effective_size_grows_in_proportion_to_the_draws_of_chains_that_mix() -> None:
+    draws = autoregressive(np.random.default_rng(16), (4, 2000, 60), 0.5)
+    lengths, sizes = diagnostics.ess_evolution(draws, 4)
+    np.testing.assert_array_equal(lengths, [500, 1000, 1500, 2000])
+    np.testing.assert_array_equal(sizes[1], diagnostics.ess_bulk(draws[:, :1000]))
+    np.testing.assert_allclose(sizes.mean(axis=1) / sizes[-1].mean(), lengths / 2000, rtol=0.06)
+    apart = draws + 5.0 * np.arange(4)[:, None, None]
+    assert diagnostics.ess_evolution(apart, 4)[1].max() < 10  # and never grows for chains that disagree
+    with pytest.raises(ValueError, match="S >= 4, got 10 and"):
+        diagnostics.ess_evolution(np.zeros((2, 3, 1)))
+
+
+def nested_rhat_by_hand(draws: np.ndarray, ids: np.ndarray) -> float:
+    """The definition in loops, for one scalar of shape (C, S)."""
+    means, within = [], []
+    for superchain in np.unique(ids):
+        members = draws[ids == superchain]
+        means.append(members.mean())
+        between = members.mean(axis=1).var(ddof=1) if len(members) > 1 else 0.0
+        inside = np.mean([row.var(ddof=1) for row in members]) if draws.shape[1] > 1 else 0.0
+        within.append(between + inside)
+    return float(np.sqrt(1 + np.var(means, ddof=1) / np.mean(within)))
+
+
+@pytest.mark.parametrize(("chains", "length", "count"), [(8, 5, 2), (12, 1, 4), (6, 30, 6)])
+def test_nested_rhat_is_its_definition_for_given_and_for_consecutive_superchains(
+    chains: int, length: int, count: int
+) -> None:
+    rng = np.random.default_rng(17)
+    draws = rng.normal(size=(chains, length, 3)) + rng.normal(size=(chains, 1, 3))
+    ids = np.repeat(np.arange(count), chains // count)
+    expected = [nested_rhat_by_hand(draws[:, :, i], ids) for i in range(3)]
+    np.testing.assert_allclose(diagnostics.nested_rhat(draws, count), expected, rtol=1e-12)
+    order = rng.permutation(chains)
+    np.testing.assert_allclose(diagnostics.nested_rhat(draws[order], ids[order]), expected, rtol=1e-12)
+
+
+def test_nested_rhat_of_single_draws_is_the_closed_form_and_sees_starts_that_were_not_forgotten() -> None:
+    draws = np.random.default_rng(18).normal(size=(64, 1, 4000))
+    # With W = B_tilde the ratio of variances of 8 means of 8 is F distributed; its mean is 56 / 54 / 8.
+    np.testing.assert_allclose(np.square(diagnostics.nested_rhat(draws, 8)).mean(), 1 + 56 / 54 / 8, rtol=0.005)
+    apart = draws + np.repeat(np.random.default_rng(19).normal(size=8), 8)[:, None, None]
+    assert np.median(diagnostics.nested_rhat(apart, 8)) > 1.3
+
+
+@pytest.mark.parametrize("superchains", [1, 3, np.array([0, 0, 0, 1]), np.array([0, 1]), np.zeros(4)])
+def test_superchains_that_do_not_fit_the_chains_are_refused(superchains: int | np.ndarray) -> None:
+    with pytest.raises(ValueError, match="superchains"):
+        diagnostics.nested_rhat(np.zeros((4, 5, 2)), superchains)

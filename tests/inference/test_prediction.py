@@ -18,7 +18,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from inference import prediction
+from inference import chunking, prediction
 from inference.data import num_data
 from inference.errors import CapabilityError
 from inference.posterior import DrawsPosterior
@@ -274,7 +274,7 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rows_are_cut_where_their_parameters_would_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "_ROW_CHUNK_BYTES", 4 * S * 3 * 8)  # four inputs of three float64 logits
+    monkeypatch.setattr(chunking, "_ROW_CHUNK_BYTES", 4 * S * 3 * 8)  # four inputs of three float64 logits
     predicted, _, _, _ = made("categorical")
     assert [r.stop - r.start for r in predicted._rows] == [4, 4, 4]
 
