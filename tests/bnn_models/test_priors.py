@@ -11,7 +11,8 @@ import torch
 from pyro import poutine
 from scipy.integrate import quad
 
-from bnn_models import priors
+from bnn_models import MLP, priors
+from inference import compile_target
 
 
 def slot(name: str = "layers.0.weight", shape: tuple[int, ...] = (3, 4), **changes: Any) -> priors.Slot:
@@ -23,6 +24,7 @@ ALL = [
     (priors.Normal(0.7), scipy.stats.norm(0, 0.7).pdf),
     (priors.Laplace(0.7), scipy.stats.laplace(0, 0.7).pdf),
     (priors.StudentT(0.7), scipy.stats.t(3, 0, 0.7).pdf),
+    (priors.Logistic(0.7), scipy.stats.logistic(0, 0.7).pdf),
     (
         priors.ScaleMixture(0.25, (1.0, 0.1)),
         lambda w: 0.25 * scipy.stats.norm(0, 1).pdf(w) + 0.75 * scipy.stats.norm(0, 0.1).pdf(w),
@@ -47,8 +49,26 @@ def test_each_prior_integrates_to_one(prior: priors.Prior, density: Any) -> None
     assert mass == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("prior", [*(prior for prior, _ in ALL), priors.Hierarchical(dist.HalfNormal(1.0))])
+def test_every_prior_compiles_to_its_own_density(prior: priors.Prior) -> None:
+    x = torch.randn(5, 4)
+    target = compile_target(MLP([4, 3, 1], prior=prior), x, x[:, 0])
+    theta = target.initial(1, seed=0)[0]
+    recorded = poutine.trace(poutine.condition(target.model, target.unravel(theta))).get_trace(x)
+    recorded.compute_log_prob(lambda name, _: name != "y")
+    expected = sum(node["log_prob_sum"] for name, node in recorded.nodes.items() if "log_prob_sum" in node)
+    scales = theta[[s.start for s in target.sites if s.name.endswith("_scale")]]  # in logarithms: Jacobian exp
+    assert target.log_prior(theta).item() == pytest.approx((expected + scales.sum()).item(), abs=1e-9)
+
+
 @pytest.mark.parametrize(
-    "prior", [priors.Normal("fan_in", 2.0), priors.Laplace("fan_in", 2.0), priors.StudentT("fan_in", 2.0)]
+    "prior",
+    [
+        priors.Normal("fan_in", 2.0),
+        priors.Laplace("fan_in", 2.0),
+        priors.StudentT("fan_in", 2.0),
+        priors.Logistic("fan_in", 2.0),
+    ],
 )
 def test_fan_in_sets_the_standard_deviation_of_weights_and_biases(prior: priors.Prior) -> None:
     weight = prior.distribution(slot()).base_dist.variance
