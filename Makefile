@@ -28,7 +28,7 @@ export MPLBACKEND := Agg
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format types docs doctest tutorials bench clean
+.PHONY: help setup demo test test-slow lint format types docs doctest tutorials bench bench-samplers clean
 
 help:
 	@echo 'bnn-zoo: Bayesian neural networks in Pyro, every posterior approximation a backend'
@@ -46,6 +46,7 @@ help:
 	@echo '  make docs       the documentation, into site/'
 	@echo '  make tutorials  every tutorial, with short loops (SMOKE_TEST=1)'
 	@echo '  make bench      the benchmarks; peers are installed in environments of their own'
+	@echo '  make bench-samplers   our samplers against the peers, hours'
 	@echo '  make clean      removes what these commands made, $(VENV) included; runs/ is kept'
 	@echo
 	@echo '  Options: PYTHON=python3.12   the interpreter to use       WORKERS=4   test processes'
@@ -131,6 +132,9 @@ tutorials: $(STAMP)
 
 bench: $(STAMP)
 	$(ONE_THREAD) $(PY) -m benchmarks.run $(ARGS)
+
+bench-samplers: $(STAMP)
+	$(PY) -m benchmarks.samplers $(ARGS)
 
 clean:
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

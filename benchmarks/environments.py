@@ -37,6 +37,7 @@ PEERS: dict[str, tuple[tuple[str, ...], str]] = {
     "pyro": ((), "own"),
     "arviz": ((), "own"),
     "numpyro": (("numpyro==0.22.0", "jax==0.10.2", "jaxlib==0.10.2"), "numpyro_peer.py"),
+    "blackjax": (("blackjax==1.7.1", "jax==0.10.2", "jaxlib==0.10.2"), "blackjax_sampler.py"),
 }
 
 
@@ -97,7 +98,7 @@ class PeerProcess:
         self.build_seconds: float = ready["build_seconds"]
         self.result: list[float] = ready["result"]
         self.versions: dict[str, str] = ready["versions"]
-        _seen.setdefault("versions", {}).update(self.versions)
+        note_versions(self.versions)
 
     def seconds(self, calls: int) -> float:
         """Let it make some calls; seconds for all of them, by its own clock."""
@@ -121,6 +122,11 @@ class PeerProcess:
 
 
 _seen: dict[str, dict[str, str]] = {}
+
+
+def note_versions(versions: dict[str, str]) -> None:
+    """Remember the packages of a peer for :func:`record`."""
+    _seen.setdefault("versions", {}).update(versions)
 
 
 def start(peer: str, task: str, **arrays: Any) -> PeerProcess:

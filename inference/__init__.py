@@ -25,27 +25,32 @@ from inference.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
-from inference.laplace import DenseLaplace, DiagonalLaplace
-from inference.mcmc import HMC, NUTS
+from inference.evidence import annealed_importance_sampling, evidence_bounds
+from inference.laplace import DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace
+from inference.mcmc import HMC, MCLMC, MILE, NUTS, ChEESHMC
 from inference.particles import SVGD
 from inference.point import MAP, Subset
 from inference.posterior import DrawsPosterior, GaussianPosterior, MixturePosterior, Posterior
 from inference.prediction import Prediction
 from inference.registry import BACKENDS, find_backend
 from inference.storage import load
+from inference.symmetry import align
 from inference.target import Target, compile_target
-from inference.variational import MeanFieldVI
+from inference.variational import MeanFieldVI, Pathfinder
 
 __all__ = [
     "BACKENDS",
     "HMC",
     "MAP",
+    "MCLMC",
+    "MILE",
     "NUTS",
     "SVGD",
     "SWAG",
     "ApproximationWarning",
     "Backend",
     "CapabilityError",
+    "ChEESHMC",
     "ConvergenceWarning",
     "DeepEnsemble",
     "DenseLaplace",
@@ -54,9 +59,12 @@ __all__ = [
     "DrawsPosterior",
     "FitInfo",
     "GaussianPosterior",
+    "KroneckerLaplace",
+    "LowRankLaplace",
     "MeanFieldVI",
     "MixturePosterior",
     "NonFiniteError",
+    "Pathfinder",
     "Posterior",
     "Prediction",
     "PyroGuideVI",
@@ -64,7 +72,10 @@ __all__ = [
     "Subset",
     "Target",
     "UnsupportedModelError",
+    "align",
+    "annealed_importance_sampling",
     "compile_target",
+    "evidence_bounds",
     "find_backend",
     "load",
 ]

@@ -10,11 +10,11 @@ from inference.averaging import SWAG
 from inference.backend import Backend
 from inference.bridges import PyroGuideVI, PyroMCMC
 from inference.ensembles import DeepEnsemble
-from inference.laplace import DenseLaplace, DiagonalLaplace
-from inference.mcmc import HMC, NUTS
+from inference.laplace import DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace
+from inference.mcmc import HMC, MCLMC, MILE, NUTS, ChEESHMC
 from inference.particles import SVGD
 from inference.point import MAP
-from inference.variational import MeanFieldVI
+from inference.variational import MeanFieldVI, Pathfinder
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class BackendEntry:
 
 def snake_case(name: str) -> str:
     """Class name to command-line name: MeanFieldVI to mean_field_vi, SWAG to swag."""
+    name = name.replace("ChEES", "Chees")  # an acronym with a lower-case letter in it
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
@@ -52,10 +53,16 @@ def _entry(cls: type[Backend]) -> BackendEntry:
 _CLASSES: tuple[type[Backend], ...] = (
     MAP,
     MeanFieldVI,
+    Pathfinder,
     HMC,
     NUTS,
+    ChEESHMC,
+    MCLMC,
+    MILE,
     DenseLaplace,
     DiagonalLaplace,
+    KroneckerLaplace,
+    LowRankLaplace,
     SWAG,
     DeepEnsemble,
     SVGD,

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 NAMES = list(BACKENDS)
-OPTIMISERS = [n for n in NAMES if n not in ("hmc", "nuts", "pyro_mcmc")]
+# Pathfinder's line search has no step size.
+_NO_STEPS = ("hmc", "nuts", "chees_hmc", "mclmc", "mile", "pathfinder", "pyro_mcmc")
+OPTIMISERS = [n for n in NAMES if n not in _NO_STEPS]
 QUIET: dict[str, Any] = {"compile": False, "progress": False}
 NAN = float("nan")
 
@@ -56,7 +58,7 @@ def test_a_log_density_that_is_not_finite_at_the_start_is_an_error(name, model):
         cheap(name).fit(model, X, Y)
 
 
-@pytest.mark.parametrize("name", ["hmc", "nuts"])
+@pytest.mark.parametrize("name", ["hmc", "nuts", "mclmc"])
 def test_samplers_say_which_rows_have_no_finite_likelihood(name):
     def one_bad_row(x: Tensor, y: Tensor | None = None) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -71,7 +73,7 @@ def test_samplers_say_which_rows_have_no_finite_likelihood(name):
 
 def too_large(name: str) -> dict[str, Any]:
     """A step size that leaves all finite numbers."""
-    if name in ("dense_laplace", "diagonal_laplace"):
+    if name.endswith("_laplace"):
         return {"start": MAP(num_steps=20, step_size=1e300, polish=False, **QUIET)}
     steps = {"step_size": 1e300, "num_steps": 20}
     return {**steps, "averaging_step_size": 1e300} if name == "swag" else steps

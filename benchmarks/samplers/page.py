@@ -1,0 +1,216 @@
+"""Write docs/sampler_benchmarks.md from the JSON files: `python -m benchmarks.samplers.page`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.samplers.posteriors import POSTERIORS
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "samplers", ROOT / "docs" / "sampler_benchmarks.md"
+REFERENCE = "NumPyro NUTS, 4 chains"
+
+INTRODUCTION = """# Samplers
+
+<!-- Written by `python -m benchmarks.samplers.page` from benchmarks/results/samplers/; change those, not this page. -->
+
+Our samplers and the peers' on the same posteriors. Every contestant is a process of its own and fits in turn with the
+others. NUTS has the same warm-up and number of draws (1,000 and 1,000 a chain) and the same greatest tree depth
+everywhere (6 for the networks, 10 else); the other samplers run at their own defaults. A gradient is one pass over all
+data for one chain. ESS is the bulk effective sample size of function values (outputs at test inputs, or the
+parameters), the median over functions, of all chains together; R-hat is its 95 % quantile. "Sampling" leaves recording
+and compiling out; "first fit" is the first in a fresh process with everything but imports in it. Figures are
+**median [smallest-largest]** over the later fits (the first where there is no other). A chain that has not mixed
+flatters its own ESS: read it with R-hat (of the halves of one chain where there is only one).
+"""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that is aimed at on the energy posterior.
+
+    Attributes:
+        text: What is compared.
+        ours: Labels of ours; the best of them counts.
+        peer: Label of the peer.
+        figure: Figure of a fit; larger is better.
+        first: First fits instead of all.
+        least: The aim.
+    """
+
+    text: str
+    ours: tuple[str, ...]
+    peer: str
+    figure: Callable[[dict[str, Any]], float]
+    first: bool
+    least: float
+
+
+def _rate(fit: dict[str, Any]) -> float:
+    return fit["ess_per_second"]
+
+
+def _whole_rate(fit: dict[str, Any]) -> float:
+    return fit["ess_per_second_whole"]
+
+
+_ALL_OURS = ("NUTS, 1 chains", "NUTS, 4 chains", "NUTS, 8 chains", "MCLMC, 4 chains", "ChEESHMC, 16 chains")
+GOALS = (
+    Goal("NUTS, 4 chains / Pyro: ESS/s, first fit", ("NUTS, 4 chains",), "Pyro NUTS, 1 chain", _whole_rate, True, 10),
+    Goal("NUTS, 4 chains / Pyro: ESS/s, sampling", ("NUTS, 4 chains",), "Pyro NUTS, 1 chain", _rate, False, 15),
+    Goal(
+        "NUTS / NumPyro, 1 chain: gradients/s, sampling",
+        ("NUTS, 1 chains",),
+        "NumPyro NUTS, 1 chains",
+        lambda fit: 1 / fit["us_per_gradient"],
+        False,
+        1,
+    ),
+    Goal("NUTS / NumPyro, 4 chains: ESS/s, sampling", ("NUTS, 4 chains",), REFERENCE, _rate, False, 1.2),
+    Goal("NUTS / NumPyro, 8 chains: ESS/s, sampling", ("NUTS, 8 chains",), "NumPyro NUTS, 8 chains", _rate, False, 1.2),
+    Goal(
+        "NUTS / NumPyro, 1 chain: speed of the first fit",
+        ("NUTS, 1 chains",),
+        "NumPyro NUTS, 1 chains",
+        lambda fit: 1 / fit["seconds"],
+        True,
+        1,
+    ),
+    Goal("best of ours / NumPyro, 4 chains: ESS/s, sampling", _ALL_OURS, REFERENCE, _rate, False, 3),
+)
+
+
+def render(records: Sequence[dict[str, Any]]) -> str:
+    """The page.
+
+    Args:
+        records: What `python -m benchmarks.samplers` wrote, one for each posterior and number of threads.
+
+    Returns:
+        Markdown.
+    """
+    order = list(POSTERIORS)
+    parts = [INTRODUCTION]
+    for record in sorted(records, key=lambda r: (r["threads"], order.index(r["posterior"]))):
+        threads = "" if record["threads"] == 1 else f", {record['threads']} threads"
+        parts.append(f"## {record['title']}{threads}\n")
+        parts.append(_table(record))
+        if record["posterior"] == "energy":
+            parts.append(_goals(record))
+        parts += [f"Not run: {label} ({reason}).\n" for label, reason in record["not_run"].items()]
+        parts.append(_agreement(record))
+        env = record["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+        parts.append(f"*{env['processor']}, {record['threads']} thread(s), Python {env['python']}, {versions}.*\n")
+    return "\n".join(parts)
+
+
+def _table(record: dict[str, Any]) -> str:
+    lines = [
+        "| | us per gradient | gradients, million | ESS | ESS/s, sampling | ESS/s, first fit | first fit, s "
+        "| ESS per 1,000 gradients | R-hat |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for contestant in record["contestants"]:
+        first, fits = contestant["fits"][0], _later(contestant["fits"])
+        cells = [
+            _spread(fits, "us_per_gradient"),
+            _spread(fits, "gradients", 1e-6),
+            _spread(fits, "ess"),
+            _spread(fits, "ess_per_second"),
+            _digits(first["ess_per_second_whole"]),
+            _digits(first["seconds"]),
+            _spread(fits, "ess_per_gradient", 1e3),
+            f"{median(f['rhat'] for f in fits):.2f}",
+        ]
+        lines.append(f"| {contestant['label']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _goals(record: dict[str, Any]) -> str:
+    fits = {c["label"]: c["fits"] for c in record["contestants"]}
+    lines = ["| ratio | | goal |", "|---|---|---|"]
+    for goal in GOALS:
+        ours = [label for label in goal.ours if label in fits]
+        if not ours or goal.peer not in fits:
+            continue
+
+        def values(label: str, goal: Goal = goal) -> list[float]:
+            return [goal.figure(f) for f in (fits[label][:1] if goal.first else _later(fits[label]))]
+
+        best = max(ours, key=lambda label: median(values(label)))
+        # Seeds are independent: a ratio is of medians, its range of the extremes.
+        mine, theirs = values(best), values(goal.peer)
+        ratio = median(mine) / median(theirs)
+        spread = f"{_digits(ratio)} [{_digits(min(mine) / max(theirs))}-{_digits(max(mine) / min(theirs))}]"
+        which = f" ({best})" if len(goal.ours) > 1 else ""
+        verdict = "reached" if ratio >= goal.least else "missed"
+        lines.append(f"| {goal.text}{which} | {spread} | at least {goal.least:g}: {verdict} |")
+    return "\n".join([*lines, ""])
+
+
+def _agreement(record: dict[str, Any]) -> str:
+    fits = {c["label"]: c["fits"] for c in record["contestants"]}
+    if REFERENCE not in fits:
+        return ""
+    mean, sd = _moments(fits[REFERENCE])
+    found = []
+    for label in fits:
+        if label == REFERENCE:
+            continue
+        other_mean, other_sd = _moments(fits[label])
+        shift, ratio = np.max(np.abs(other_mean - mean) / sd), other_sd / sd
+        found.append(f"{label} {shift:.2f}, {np.min(ratio):.2f}-{np.max(ratio):.2f}")
+    return (
+        f"Compared with {REFERENCE}, over all functions: largest difference of means in posterior standard deviations, "
+        f"and range of the ratio of standard deviations: {'; '.join(found)}.\n"
+    )
+
+
+def _later(fits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return fits[1:] or fits
+
+
+def _moments(fits: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    mean = np.mean([f["mean"] for f in fits], axis=0)
+    square = np.mean([np.square(f["sd"]) + np.square(f["mean"]) for f in fits], axis=0)
+    return mean, np.sqrt(square - mean**2)
+
+
+def _spread(fits: Sequence[dict[str, Any]], name: str, scale: float = 1.0) -> str:
+    values = [scale * f[name] for f in fits if f[name] is not None]
+    if not values:
+        return ""
+    if len(values) == 1:
+        return _digits(values[0])
+    return f"{_digits(median(values))} [{_digits(min(values))}-{_digits(max(values))}]"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Every record in a folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the files and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (docs/sampler_benchmarks.md)")
+    options = parser.parse_args(arguments)
+    options.out.write_text(render(load(options.results)))
+
+
+if __name__ == "__main__":
+    main()
