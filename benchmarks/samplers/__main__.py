@@ -50,7 +50,8 @@ def contestants(name: str, quick: bool, fits: int) -> list[Contestant]:
     found.append(Contestant("BlackJAX MCLMC, 1 chain", "BlackJAX MCLMC", langevin | {"num_chains": 1}, fits))
     langevin["num_samples"] *= langevin["thinning"]  # ours counts steps
     found.append(Contestant("MCLMC, 4 chains", "MCLMC", langevin | {"num_chains": 4}, fits))
-    found.append(Contestant("ChEESHMC, 16 chains", "ChEESHMC", {"num_chains": 16}, fits))
+    chees = {"num_chains": 16, "num_samples": draws // 5, "warmup_steps": 2 * draws // 5}
+    found.append(Contestant("ChEESHMC, 16 chains", "ChEESHMC", chees, fits))
     if name != "energy_deep":
         found.append(Contestant("Pyro NUTS, 1 chain", "Pyro NUTS", nuts | {"num_chains": 1}, 1))
     return found
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fits", type=int, default=3, help="fits of each contestant (3)")
     parser.add_argument("--threads", type=int, default=1, help="threads for each contestant (1)")
     parser.add_argument("--only", nargs="+", default=[], help="contestants whose label contains one of these")
+    parser.add_argument("--note", default="", help="what a reader should know of this run, for the page")
     parser.add_argument("--out", type=Path, help="folder of the JSON files (benchmarks/results/samplers)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, our NUTS alone; needs --out")
     options = parser.parse_args(arguments)
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for c in contestants(name, options.quick, options.fits)
             if not options.only or any(part in c.label for part in options.only)
         ]
-        record = measure(name, line_up, options.threads)
+        record = measure(name, line_up, options.threads) | {"note": options.note}
         suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
         (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
     if folder == RESULTS:

@@ -24,12 +24,12 @@ INTRODUCTION = """# Samplers
 
 Our samplers and the peers' on the same posteriors. Every contestant is a process of its own and fits in turn with the
 others. NUTS has the same warm-up and number of draws (1,000 and 1,000 a chain) and the same greatest tree depth
-everywhere (6 for the networks, 10 else); the other samplers run at their own defaults. A gradient is one pass over all
-data for one chain. ESS is the bulk effective sample size of function values (outputs at test inputs, or the
-parameters), the median over functions, of all chains together; R-hat is its 95 % quantile. "Sampling" leaves recording
-and compiling out; "first fit" is the first in a fresh process with everything but imports in it. Figures are
-**median [smallest-largest]** over the later fits (the first where there is no other). A chain that has not mixed
-flatters its own ESS: read it with R-hat (of the halves of one chain where there is only one).
+everywhere (6 for the networks, 10 else); the other samplers run at the lengths that the files list, else at their
+defaults. A gradient is one pass over all data for one chain. ESS is the bulk effective sample size of function values
+(outputs at test inputs, or the parameters), the median over functions, of all chains together; R-hat is its 95 %
+quantile. "Sampling" leaves recording and compiling out; "first fit" is the first in a fresh process with everything but
+imports in it. Figures are **median [smallest-largest]** over the later fits (the first where there is no other). A chain
+that has not mixed flatters its own ESS: read it with R-hat (of the halves of one chain where there is only one).
 """
 
 
@@ -107,6 +107,8 @@ def render(records: Sequence[dict[str, Any]]) -> str:
             parts.append(_goals(record))
         parts += [f"Not run: {label} ({reason}).\n" for label, reason in record["not_run"].items()]
         parts.append(_agreement(record))
+        if record["note"]:
+            parts.append(f"{record['note']}\n")
         env = record["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
         parts.append(f"*{env['processor']}, {record['threads']} thread(s), Python {env['python']}, {versions}.*\n")
