@@ -28,8 +28,8 @@ everywhere (6 for the networks, 10 else); the other samplers run at the lengths 
 defaults. A gradient is one pass over all data for one chain. ESS is the bulk effective sample size of function values
 (outputs at test inputs, or the parameters), the median over functions, of all chains together; R-hat is its 95 %
 quantile. "Sampling" leaves recording and compiling out; "first fit" is the first in a fresh process with everything but
-imports in it. Figures are **median [smallest-largest]** over the later fits (the first where there is no other). A chain
-that has not mixed flatters its own ESS: read it with R-hat (of the halves of one chain where there is only one).
+imports in it. Figures are **median [smallest-largest]** over the later fits (the first where there is no other). A
+chain that has not mixed flatters its own ESS: read it with R-hat (of the halves of one chain where there is only one).
 """
 
 
