@@ -63,7 +63,7 @@ def test_a_checkpoint_of_other_data_is_refused(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 2}, "written with seed 1, got 2"),
+        ({"seed": 3}, "written with seed 2, got 3"),
         ({"init": torch.zeros(3, dtype=torch.float64)}, "started elsewhere: pass the same `init`"),
         ({"warmup_steps": 41}, "written with `warmup_steps`=40, got 41: only chains_per_block, .* may change"),
         ({"num_chains": 3}, "`num_chains`=4, got 3"),
