@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from benchmarks.published import DEEP_ENSEMBLE_5, MCD_GRID, PUBLISHED, Published
 from benchmarks.reference import RESULTS
+from benchmarks.report import load
 
 PAGE = Path(__file__).parent.parent / "docs" / "uci_reference.md"
 ORDER = ("energy", "yacht", "concrete", "boston", "wine")
@@ -204,11 +204,6 @@ def _how(records: Sequence[dict[str, Any]]) -> list[str]:
 def _environment(env: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     return f"{env['processor']}, {env['threads']} thread, Python {env['python']}, {versions}"
-
-
-def load(folder: Path) -> list[dict[str, Any]]:
-    """Every record in a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

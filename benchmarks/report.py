@@ -60,10 +60,10 @@ def _case(case: dict[str, Any]) -> str:
 
 
 def _spread(figures: dict[str, Any]) -> str:
-    return f"{_digits(figures['median'])} [{_digits(figures['min'])}-{_digits(figures['max'])}]"
+    return f"{digits(figures['median'])} [{digits(figures['min'])}-{digits(figures['max'])}]"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import digits, load
 from benchmarks.samplers.posteriors import POSTERIORS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -128,8 +128,8 @@ def _table(record: dict[str, Any]) -> str:
             _spread(fits, "gradients", 1e-6),
             _spread(fits, "ess"),
             _spread(fits, "ess_per_second"),
-            _digits(first["ess_per_second_whole"]),
-            _digits(first["seconds"]),
+            digits(first["ess_per_second_whole"]),
+            digits(first["seconds"]),
             _spread(fits, "ess_per_gradient", 1e3),
             f"{median(f['rhat'] for f in fits):.2f}",
         ]
@@ -152,7 +152,7 @@ def _goals(record: dict[str, Any]) -> str:
         # Seeds are independent: a ratio is of medians, its range of the extremes.
         mine, theirs = values(best), values(goal.peer)
         ratio = median(mine) / median(theirs)
-        spread = f"{_digits(ratio)} [{_digits(min(mine) / max(theirs))}-{_digits(max(mine) / min(theirs))}]"
+        spread = f"{digits(ratio)} [{digits(min(mine) / max(theirs))}-{digits(max(mine) / min(theirs))}]"
         which = f" ({best})" if len(goal.ours) > 1 else ""
         verdict = "reached" if ratio >= goal.least else "missed"
         lines.append(f"| {goal.text}{which} | {spread} | at least {goal.least:g}: {verdict} |")
@@ -192,17 +192,8 @@ def _spread(fits: Sequence[dict[str, Any]], name: str, scale: float = 1.0) -> st
     if not values:
         return ""
     if len(values) == 1:
-        return _digits(values[0])
-    return f"{_digits(median(values))} [{_digits(min(values))}-{_digits(max(values))}]"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def load(folder: Path) -> list[dict[str, Any]]:
-    """Every record in a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        return digits(values[0])
+    return f"{digits(median(values))} [{digits(min(values))}-{digits(max(values))}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from inference.backend import Backend, Run, check_integer
 from inference.curvature import sampled_labels
 from inference.distributions import FlatGaussian
 from inference.errors import ApproximationWarning
-from inference.laplace.mode import Energy, energy_of, find_mode
+from inference.laplace.mode import Energy, energy_of, find_mode, newton
 from inference.point import MAP
 from inference.posterior import GaussianPosterior
 from inference.taps import few
@@ -172,6 +172,38 @@ class Laplace(Backend):
                 "num_steps or `polish_steps`, or give another `init`",
             )
         return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonLaplace(Laplace):
+    """Base of the Laplace backends whose curvature is good enough to find the mode with.
+
+    Attributes:
+        newton_steps: Most Newton steps after `polish_steps`; each takes the curvature once more. They end early where
+            they do not converge quadratically, as far from a mode.
+    """
+
+    newton_steps: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the number of Newton steps."""
+        super().__post_init__()
+        check_integer(self, "newton_steps", minimum=0)
+
+    def refine(self, target: Target, theta: Tensor, energy: Energy, run: Run) -> tuple[FlatGaussian, Notes]:
+        """Newton steps from the mode found so far; the curvature returned is the one at the mode returned.
+
+        Args:
+            target: The tempered target.
+            theta: The mode as found so far, shape (P,).
+            energy: Log density and gradient.
+            run: The fit in progress.
+
+        Returns:
+            As `approximate`.
+        """
+        steps = self.newton_steps if self.start is not None else 0
+        return newton(theta, lambda t: self.approximate(target, t, run), energy, steps)
 
 
 def _check_sampled_predictive(target: Target, gaussian: FlatGaussian, run: Run) -> None:

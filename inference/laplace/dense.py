@@ -14,33 +14,20 @@ from torch import Tensor
 
 from inference import curvature as curvatures
 from inference import hessians
-from inference.backend import Run, check_integer
+from inference.backend import Run
 from inference.distributions import DenseGaussian
-from inference.laplace.base import Laplace, Notes, site_of
+from inference.laplace.base import NewtonLaplace, Notes, site_of
 from inference.laplace.memory import require_structure
-from inference.laplace.mode import Energy, newton
 from inference.taps import num_outputs
 from inference.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseLaplace(Laplace):
-    """Gaussian at the mode with the full inverse curvature as covariance.
-
-    Attributes:
-        newton_steps: Most Newton steps after `polish_steps`; each takes the curvature once more. They end early where
-            they do not converge quadratically, as far from a mode.
-    """
-
-    newton_steps: int = 20
+class DenseLaplace(NewtonLaplace):
+    """Gaussian at the mode with the full inverse curvature as covariance."""
 
     bias: ClassVar[str] = "exact on linear-Gaussian models; elsewhere one mode, with its curvature as its only width"
     reference: ClassVar[str] = "MacKay 1992; Daxberger et al. 2021"
-
-    def __post_init__(self) -> None:
-        """Check the number of Newton steps."""
-        super().__post_init__()
-        check_integer(self, "newton_steps", minimum=0)
 
     def approximate(self, target: Target, theta: Tensor, run: Run) -> tuple[DenseGaussian, Notes]:
         """Take the dense curvature at a point.
@@ -72,21 +59,6 @@ class DenseLaplace(Laplace):
             raise ValueError(_not_positive_definite(target, _plus(likelihood, prior)))
         factor = (factor / target.temperature**0.5).to(target.dtype)
         return DenseGaussian(theta, precision_tril=factor), notes
-
-    def refine(self, target: Target, theta: Tensor, energy: Energy, run: Run) -> tuple[DenseGaussian, Notes]:
-        """Newton steps from the mode found so far; the curvature returned is the one at the mode returned.
-
-        Args:
-            target: The tempered target.
-            theta: The mode as found so far, shape (P,).
-            energy: Log density and gradient.
-            run: The fit in progress.
-
-        Returns:
-            As `approximate`.
-        """
-        steps = self.newton_steps if self.start is not None else 0
-        return newton(theta, lambda t: self.approximate(target, t, run), energy, steps)
 
     def _check_target(self, target: Target) -> None:
         super()._check_target(target)

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from inference import hessians
-from inference.backend import Run, check_integer
+from inference.backend import Run
 from inference.distributions import KroneckerGaussian
 from inference.kronecker import KroneckerCurvature, kronecker_curvature, layer_block, require_curved
 from inference.kronecker_gaussian import KroneckerBlock
-from inference.laplace.base import Laplace, Notes, site_of, sites_of
+from inference.laplace.base import NewtonLaplace, Notes, site_of, sites_of
 from inference.laplace.memory import require_structure
-from inference.laplace.mode import Energy, newton
 from inference.taps import num_outputs
 from inference.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerLaplace(Laplace):
+class KroneckerLaplace(NewtonLaplace):
     """Gaussian at the mode with one Kronecker-factored covariance per layer.
 
     Sites outside the layers (noise scales, normalisation gains) have a dense block of their own up to 64 entries, and
@@ -53,13 +52,12 @@ class KroneckerLaplace(Laplace):
     reference: ClassVar[str] = "Ritter et al. 2018; Daxberger et al. 2021"
 
     def __post_init__(self) -> None:
-        """Check the choices and counts.
+        """Check the choices.
 
         Raises:
             ValueError: If a field is out of its range.
         """
         super().__post_init__()
-        check_integer(self, "newton_steps", minimum=0)
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f'`sharing` must be "expand" or "reduce", got {self.sharing!r}')
         if not isinstance(self.damping, bool):
@@ -102,21 +100,6 @@ class KroneckerLaplace(Laplace):
         blocks = [*self._layers(target, curvature, prior.clamp(min=0), notes)]
         blocks += self._others(target, curvature, prior.clamp(min=0))
         return KroneckerGaussian(theta, tuple(_cast(block, target.dtype) for block in blocks)), notes
-
-    def refine(self, target: Target, theta: Tensor, energy: Energy, run: Run) -> tuple[KroneckerGaussian, Notes]:
-        """Newton steps with this curvature from the mode found so far.
-
-        Args:
-            target: The tempered target.
-            theta: The mode as found so far, shape (P,).
-            energy: Log density and gradient.
-            run: The fit in progress.
-
-        Returns:
-            As `approximate`.
-        """
-        steps = self.newton_steps if self.start is not None else 0
-        return newton(theta, lambda t: self.approximate(target, t, run), energy, steps)
 
     def _check_target(self, target: Target) -> None:
         super()._check_target(target)

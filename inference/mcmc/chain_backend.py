@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inference.backend import Backend, Run, check_integer, check_positive
-from inference.errors import ConvergenceWarning
+from inference.errors import ConvergenceWarning, DivergenceWarning
+from inference.graph import CompileOption
 from inference.mcmc.checkpoint import Checkpoint, identify, refuse_leftovers
 from inference.mcmc.recording import Recorder, Recording, matching_sites
 from inference.mixtures import location
@@ -24,6 +25,7 @@ from inference.target import Target, check_new_inputs
 
 # First random stream of the chains. Streams 0..C-1 chose the starting points; the next seed begins a million on.
 STREAM = 100_000
+_COMPILE_ABOVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,11 @@ class ChainBackend(Backend):
                 raise ValueError(f"`{name}` must be a directory or None, got {value!r}")
             if value is not None and Path(value).exists() and not Path(value).is_dir():
                 raise ValueError(f"`{name}` must be a directory, but {value} is a file")
+
+    def compile_option(self) -> CompileOption:
+        """As asked for, but "auto" does not compile for a run that its time limit ends within a minute."""
+        limited = self.max_seconds is not None and self.max_seconds < _COMPILE_ABOVE_SECONDS
+        return False if self.compile == "auto" and limited else self.compile
 
     # -- before the chains run ---------------------------------------------------------------------------------------
 
@@ -218,4 +225,22 @@ class ChainBackend(Backend):
         run.warn(
             ConvergenceWarning,
             f"{stopped} ended the run after {kept} of {self.num_samples // self.thinning} draws a chain{later}",
+        )
+
+
+def warn_of_divergences(run: Run, stats: dict[str, Tensor], advice: str) -> None:
+    """Warn if draws diverged.
+
+    Args:
+        run: Keeps the warning.
+        stats: Sample statistics with "diverging" (C, S).
+        advice: What to do.
+    """
+    diverging = int(stats["diverging"].sum())
+    if diverging:
+        total = stats["diverging"].numel()
+        run.warn(
+            DivergenceWarning,
+            f"{diverging} of {total} draws diverged ({100 * diverging / total:.3g} %): the posterior has regions "
+            f"that these draws miss; {advice}",
         )

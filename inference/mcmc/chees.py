@@ -28,9 +28,9 @@ from torch import Tensor
 
 from inference.backend import Backend, Run, check_integer, check_positive
 from inference.errors import ConvergenceWarning
-from inference.mcmc.chain_backend import ChainBackend
+from inference.mcmc.chain_backend import ChainBackend, warn_of_divergences
 from inference.mcmc.chees_chains import ChEESChains
-from inference.mcmc.lockstep import fit_in_lockstep, warn_of_divergences
+from inference.mcmc.lockstep import fit_in_lockstep
 from inference.optimisation import check_choice
 from inference.point import MAP
 from inference.posterior import DrawsPosterior, Posterior

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inference.backend import Run, check_integer, check_positive, stacked
-from inference.errors import DivergenceWarning, NonFiniteError
-from inference.graph import CompileOption
+from inference.errors import NonFiniteError
 from inference.mcmc.chain import Schedule
-from inference.mcmc.chain_backend import STREAM, ChainBackend
+from inference.mcmc.chain_backend import STREAM, ChainBackend, warn_of_divergences
 from inference.mcmc.lanes import Kernel
 from inference.mcmc.low_rank import CAPACITY
 from inference.mcmc.mass import initial_metric
@@ -26,7 +25,6 @@ from inference.target import Target
 
 # A dense mass matrix of each chain, its root and its estimate are held in memory; or the window of a low-rank one.
 _MASS_BYTES = 4 * 2**30
-_COMPILE_ABOVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ class HamiltonianBackend(ChainBackend):
             self.schedule(),
             metric,
             recording,
-            self._compile_option(),
+            self.compile_option(),
             size if checkpoint is None else checkpoint.chains_per_block,
             checkpoint,
         )
@@ -162,14 +160,6 @@ class HamiltonianBackend(ChainBackend):
             target_accept=self.target_accept,
         )
 
-    def _compile_option(self) -> CompileOption:
-        # The number of calls says nothing about a run that its time limit ends.
-        return (
-            False
-            if self.compile == "auto" and (self.max_seconds or math.inf) < _COMPILE_ABOVE_SECONDS
-            else self.compile
-        )
-
     def _posterior(self, target: Target, run: Run, outcome: Outcome, recorder: Recorder) -> DrawsPosterior:
         if outcome.stopped is not None:
             self.report_stop(run, outcome.stopped, recorder.num_kept, min(outcome.warmed_up))
@@ -180,14 +170,7 @@ class HamiltonianBackend(ChainBackend):
         return posterior
 
     def _warn(self, run: Run, stats: dict[str, Tensor]) -> None:
-        diverging = int(stats["diverging"].sum())
-        if diverging:
-            total = stats["diverging"].numel()
-            run.warn(
-                DivergenceWarning,
-                f"{diverging} of {total} draws diverged ({100 * diverging / total:.3g} %): the posterior has regions "
-                "that these draws miss; raise `target_accept` or reparametrise the model",
-            )
+        warn_of_divergences(run, stats, "raise `target_accept` or reparametrise the model")
 
     def _check_memory(self, target: Target) -> None:
         numbers = {"dense": 3 * target.dim**2, "low_rank": (2 * CAPACITY + 6 * self.mass_rank) * target.dim}

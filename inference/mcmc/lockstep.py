@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from inference.backend import Bar, Run, stacked
-from inference.errors import DivergenceWarning, NonFiniteError
+from inference.errors import NonFiniteError
 from inference.graph import CompileOption
 from inference.mcmc.chain_backend import STREAM, ChainBackend
 from inference.mcmc.checkpoint import Checkpoint, check_draws
@@ -30,7 +30,6 @@ from inference.target import Target
 # A batch of thetas (C, P) and the data, to log densities (C,) in float64 and gradients (C, P).
 Gradients = Callable[..., tuple[Tensor, Tensor]]
 Figures = dict[str, float]
-_COMPILE_ABOVE_SECONDS = 60.0
 _UNIFORMS = 256
 _DTYPES = {"diverging": torch.bool, "n_steps": torch.int64}
 
@@ -246,7 +245,7 @@ def fit_in_lockstep(
     num = starts.shape[0]
     checkpoint = backend.open_checkpoint(target, run, starts)
     held = {} if checkpoint is None else checkpoint.read([0])
-    compile = _compile_option(backend) if checkpoint is None or not held else checkpoint.compiled
+    compile = backend.compile_option() if checkpoint is None or not held else checkpoint.compiled
     log_density, data = precise_log_density(target)
     gradients = batched_gradients(log_density, num, together=stacked(target, num, target.num_data))
     noise = Noise([run.stream(STREAM + c) for c in range(num)], starts)
@@ -293,27 +292,3 @@ def _advance(backend: ChainBackend, group: Group, bar: Bar, checkpoint: Checkpoi
     except KeyboardInterrupt:
         return "an interrupt", warmed_up
     return None, warmed_up
-
-
-def _compile_option(backend: ChainBackend) -> CompileOption:
-    """As asked for, but "auto" does not compile for a run that its time limit ends within a minute."""
-    limited = backend.max_seconds is not None and backend.max_seconds < _COMPILE_ABOVE_SECONDS
-    return False if backend.compile == "auto" and limited else backend.compile
-
-
-def warn_of_divergences(run: Run, stats: dict[str, Tensor], advice: str) -> None:
-    """Warn if draws diverged.
-
-    Args:
-        run: Keeps the warning.
-        stats: Sample statistics with "diverging" (C, S).
-        advice: What to do.
-    """
-    diverging = int(stats["diverging"].sum())
-    if diverging:
-        total = stats["diverging"].numel()
-        run.warn(
-            DivergenceWarning,
-            f"{diverging} of {total} draws diverged ({100 * diverging / total:.3g} %): the posterior has regions "
-            f"that these draws miss; {advice}",
-        )

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from inference.backend import Run, check_positive
 from inference.errors import ConvergenceWarning
-from inference.mcmc.chain_backend import ChainBackend
-from inference.mcmc.lockstep import fit_in_lockstep, warn_of_divergences
+from inference.mcmc.chain_backend import ChainBackend, warn_of_divergences
+from inference.mcmc.lockstep import fit_in_lockstep
 from inference.mcmc.microcanonical import Microcanonical, Tuning
 from inference.posterior import DrawsPosterior, Posterior
 from inference.target import Target

@@ -20,6 +20,13 @@ NUTS = NUTSKernel(max_tree_depth=10)
 HMC = HMCKernel(trajectory_length=math.pi / 2, num_leapfrogs=None, jitter=0.2, max_leapfrogs=1000)
 
 
+def data() -> tuple[Tensor, Tensor]:
+    """Twelve rows of a regression on two inputs, for fits whose posterior does not matter."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 2, generator=generator)
+    return x, x @ torch.tensor([1.0, -0.5]) + 0.5 * torch.randn(12, generator=generator)
+
+
 def streams(num: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(1000 * seed + c) for c in range(num)]
 

@@ -19,6 +19,7 @@ from inference.mcmc import HMC, NUTS, checkpoint
 from inference.mcmc.lanes import Lane
 from inference.posterior import DrawsPosterior
 from inference.target import Target, compile_target
+from tests.inference.mcmc.sampling import data
 
 # Thinned, so that a checkpoint may fall between two kept draws; four chains that end at different times.
 FIELDS: dict[str, Any] = {
@@ -43,12 +44,6 @@ def linear(x: Tensor, y: Tensor | None = None) -> None:
     bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
     with pyro.plate("data", x.shape[0]):
         pyro.sample("y", dist.Normal(x @ weight + bias, 0.5), obs=y)
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 2, generator=generator)
-    return x, x @ torch.tensor([1.0, -0.5]) + 0.5 * torch.randn(12, generator=generator)
 
 
 @cache

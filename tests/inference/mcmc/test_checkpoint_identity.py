@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inference.mcmc import HMC, NUTS, checkpoint
-from tests.inference.mcmc.test_checkpoint import FIELDS, data, fit, linear, stop_after
+from tests.inference.mcmc.sampling import data
+from tests.inference.mcmc.test_checkpoint import FIELDS, fit, linear, stop_after
 
 
 def other_prior(x: Tensor, y: Tensor | None = None) -> None:

@@ -18,6 +18,7 @@ from inference.mcmc.recording import Recorder, Recording
 from inference.partial import PartialDrawsPosterior
 from inference.posterior import DrawsPosterior
 from inference.target import Target, compile_target
+from tests.inference.mcmc.sampling import data
 
 FIELDS: dict[str, Any] = {
     "num_samples": 25,
@@ -34,12 +35,6 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
     noise = pyro.sample("noise", dist.Gamma(4.0, 8.0))
     with pyro.plate("data", x.shape[0]):
         pyro.sample("y", dist.Normal((x @ weight)[:, 0] + bias, noise), obs=y)
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 2, generator=generator)
-    return x, x @ torch.tensor([1.0, -0.5]) + 0.5 * torch.randn(12, generator=generator)
 
 
 @cache

@@ -18,6 +18,7 @@ from inference.mcmc.hamiltonian import precise_log_density
 from inference.mcmc.workers import Portable, portable_density
 from inference.posterior import DrawsPosterior
 from inference.target import Target, compile_target
+from tests.inference.mcmc.sampling import data
 
 FIELDS: dict[str, Any] = {"num_samples": 30, "warmup_steps": 40, "num_chains": 4, "progress": False, "compile": False}
 
@@ -32,12 +33,6 @@ def make_model() -> Any:
             pyro.sample("y", dist.Normal(torch.tanh(x @ weight), noise), obs=y)
 
     return model
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 2, generator=generator)
-    return x, x @ torch.tensor([1.0, -0.5]) + 0.5 * torch.randn(12, generator=generator)
 
 
 @cache
