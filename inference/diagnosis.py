@@ -18,6 +18,8 @@ from inference.prediction import DrawSource, draws_per_chunk
 from inference.psis import psis_khat
 from inference.target import check_new_inputs
 from inference.warning_signs import (
+    MANY_CHAINS,
+    MIN_DRAWS,
     RHAT_LIMIT,
     acceptance_signs,
     divergence_signs,
@@ -26,6 +28,7 @@ from inference.warning_signs import (
     mixing_signs,
     per_chain,
     saturation_signs,
+    single_chain_signs,
     size_signs,
     step_size_signs,
 )
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
 
 _PROBES = 200
 _KHAT_DRAWS = 1_000
-_MIN_DRAWS = 4
-_MANY_CHAINS = 16
 _SHORT_CHAINS = 50
 # Standard errors of more weights than these tell nothing new, and their quantiles cost a sort each.
 _MAX_WEIGHTS = 2_000
@@ -230,6 +231,7 @@ def _examine_chains(posterior: Any, x: Any, found: Diagnosis, align: bool, super
     draws, target = posterior.draws, posterior.target
     chains, length = draws.shape[:2]
     groups = _default_superchains(chains) if superchains is None else superchains
+    found.warnings += [sign for sign in single_chain_signs(chains) if sign not in found.warnings]
     found.weights = _mixing(draws.cpu().numpy(), groups)
     values = _function_values(posterior, x)
     if values is not None:
@@ -239,8 +241,8 @@ def _examine_chains(posterior: Any, x: Any, found: Diagnosis, align: bool, super
             "the chains cannot be judged by their predictions: only some sites were kept; fit with `probe_inputs`"
         )
     _examine_statistics(posterior, found)
-    if length < _MIN_DRAWS and groups is None:
-        found.warnings.append(f"{length} draws per chain are too few for R-hat; it needs {_MIN_DRAWS}")
+    if length < MIN_DRAWS and groups is None:
+        found.warnings.append(f"{length} draws per chain are too few for R-hat; it needs {MIN_DRAWS}")
     short = groups is not None and length < _SHORT_CHAINS
     functions = found.functions
     signs = mixing_signs("predictions", functions.nested if short else functions.rhat, nested=short)
@@ -293,7 +295,7 @@ def _examine_statistics(posterior: Any, found: Diagnosis) -> None:
     found.step_size = per_chain(stats, "step_size")
     if found.step_size is not None:
         found.warnings += step_size_signs(found.step_size)
-    if "energy" in stats and stats["energy"].shape[1] >= _MIN_DRAWS:
+    if "energy" in stats and stats["energy"].shape[1] >= MIN_DRAWS:
         found.bfmi = bfmi(stats["energy"])
         found.warnings += energy_signs(found.bfmi)
     limit = getattr(inner, "max_tree_depth", None)
@@ -306,7 +308,7 @@ def _mixing(draws: np.ndarray, superchains: int | Array | None) -> Mixing:
     found = Mixing()
     if superchains is not None:
         found.nested = nested_rhat(draws, superchains)
-    if draws.shape[1] < _MIN_DRAWS:
+    if draws.shape[1] < MIN_DRAWS:
         return found
     figures = convergence(draws)
     found.rhat, found.ess_bulk, found.ess_tail = figures.rhat, figures.ess_bulk, figures.ess_tail
@@ -322,7 +324,7 @@ def _mixing(draws: np.ndarray, superchains: int | Array | None) -> Mixing:
 def _default_superchains(chains: int) -> int | None:
     """Number of superchains where there are many chains: the divisor nearest to the root from below."""
     divisors = [k for k in range(2, int(chains**0.5) + 1) if chains % k == 0]
-    return divisors[-1] if chains >= _MANY_CHAINS and divisors else None
+    return divisors[-1] if chains >= MANY_CHAINS and divisors else None
 
 
 def _probes(x: Any) -> Any:

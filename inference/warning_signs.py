@@ -12,6 +12,8 @@ from inference.arrays import Floats
 RHAT_LIMIT, RHAT_STRICT = 1.1, 1.01
 BFMI_LIMIT = 0.3
 ESS_PER_CHAIN = 100
+# Draws of a chain that split R-hat needs, and chains from which groups of them are compared instead.
+MIN_DRAWS, MANY_CHAINS = 4, 16
 SATURATION_LIMIT = 0.1
 _TOLERATED_SHARE = 0.05
 _ACCEPTANCE_ROOM = 0.15
@@ -43,6 +45,20 @@ def mixing_signs(what: str, rhat: Floats, *, nested: bool = False) -> list[str]:
         if nested:  # a few draws per chain cannot show 1.01
             return []
     return []
+
+
+def single_chain_signs(chains: int) -> list[str]:
+    """Whether there is no second chain to compare with.
+
+    Args:
+        chains: Number of chains C.
+
+    Returns:
+        At most one sentence.
+    """
+    if chains > 1:
+        return []
+    return ["one chain cannot show whether it has mixed: R-hat compares chains; run at least 2, better 4"]
 
 
 def size_signs(what: str, bulk: Floats, tail: Floats, chains: int, length: int) -> list[str]:

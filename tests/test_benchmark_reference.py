@@ -53,7 +53,7 @@ def test_a_record_that_exists_is_kept_and_a_missing_one_is_made(records):
 
 def test_a_limit_that_ends_the_warm_up_is_a_record_of_failure():
     torch.set_default_dtype(torch.float32)
-    sampler = NUTS(num_samples=5, warmup_steps=100_000, num_chains=1, max_seconds=0.5)
+    sampler = NUTS(num_samples=5, warmup_steps=100_000, num_chains=2, max_seconds=0.5)
     record = reference.run(reference.Fit("yacht", 0, "nuts", sampler, ModelSpec(hidden=(2,)), start="random"))
     assert "ended the run before every chain had a draw" in record["failed"]
     assert "scores" not in record

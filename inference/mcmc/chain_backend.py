@@ -22,6 +22,7 @@ from inference.mixtures import location
 from inference.partial import PartialDrawsPosterior, packed_sites
 from inference.posterior import DrawsPosterior
 from inference.target import Target, check_new_inputs
+from inference.warning_signs import MANY_CHAINS, MIN_DRAWS, single_chain_signs
 
 # First random stream of the chains. Streams 0..C-1 chose the starting points; the next seed begins a million on.
 STREAM = 100_000
@@ -74,6 +75,12 @@ class ChainBackend(Backend):
             raise ValueError(
                 f"`thinning` must be <= `num_samples`, or no draw is kept, got {self.thinning} > {self.num_samples}"
             )
+        kept = self.num_samples // self.thinning
+        if kept < MIN_DRAWS and self.num_chains < MANY_CHAINS:
+            raise ValueError(
+                f"`num_samples`={self.num_samples} and `thinning`={self.thinning} keep {kept} draw(s) of each chain: "
+                f"R-hat and ESS need at least {MIN_DRAWS} (or {MANY_CHAINS} chains and more, whose groups are compared)"
+            )
         patterns = [self.keep] if isinstance(self.keep, str) else self.keep
         if patterns is not None and not (isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)):
             raise ValueError(f"`keep` must be a site pattern, several of them or None, got {self.keep!r}")
@@ -95,6 +102,15 @@ class ChainBackend(Backend):
         return False if self.compile == "auto" and limited else self.compile
 
     # -- before the chains run ---------------------------------------------------------------------------------------
+
+    def warn_of_one_chain(self, run: Run) -> None:
+        """Say before the sampling, not after, that a single chain cannot be judged.
+
+        Args:
+            run: Receives the warning.
+        """
+        for sign in single_chain_signs(self.num_chains):
+            run.warn(ConvergenceWarning, sign)
 
     def recording(self, target: Target) -> Recording:
         """What is kept of each chain.

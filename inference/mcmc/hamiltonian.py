@@ -63,6 +63,10 @@ class HamiltonianBackend(ChainBackend):
         super().__post_init__()
         check_positive(self, "step_size", "target_accept")
         check_integer(self, "mass_rank", "num_workers", "chains_per_block", minimum=1)
+        if self.warmup_steps == 0 and self.step_size is None:
+            raise ValueError(
+                "`warmup_steps` must be >= 1 where the step size is adapted, got 0; give `step_size` to go without"
+            )
         if self.num_workers > 1 and getattr(self, "num_shards", 1) > 1:
             raise ValueError(
                 "`num_workers` must be 1 with `num_shards` > 1: shards are for data too large to be copied"
@@ -98,6 +102,7 @@ class HamiltonianBackend(ChainBackend):
             NonFiniteError: If the log density is not finite at a starting point.
         """
         self._check_memory(target)
+        self.warn_of_one_chain(run)
         starts = self._starts(target, run)
         metric = initial_metric(self.mass_matrix, target, starts[0], self.mass_rank)
         recording = self.recording(target)

@@ -243,6 +243,7 @@ def fit_in_lockstep(
         NonFiniteError: If the log density is not finite at a starting point.
     """
     num = starts.shape[0]
+    backend.warn_of_one_chain(run)
     checkpoint = backend.open_checkpoint(target, run, starts)
     held = {} if checkpoint is None else checkpoint.read([0])
     compile = backend.compile_option() if checkpoint is None or not held else checkpoint.compiled

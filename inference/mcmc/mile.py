@@ -27,6 +27,7 @@ from inference.mcmc.mclmc import MCLMC
 from inference.mcmc.microcanonical import Tuning
 from inference.posterior import DrawsPosterior, Posterior
 from inference.target import Target
+from inference.warning_signs import MIN_DRAWS
 
 _MEMBER_STEP_SIZE, _MEMBER_BATCH, _MEMBER_STEPS = 1e-3, 32, 10_000
 
@@ -61,7 +62,7 @@ class MILE(MCLMC):
 
     def __post_init__(self) -> None:
         if self.num_samples == 0 and not isinstance(self.num_samples, bool):
-            replace(self, num_samples=self.thinning)  # everything else must be in order
+            replace(self, num_samples=MIN_DRAWS * self.thinning)  # everything else must be in order
             return
         super().__post_init__()
         check_positive(self, "initial_energy_variance", "initial_step_size")

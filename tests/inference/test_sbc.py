@@ -188,7 +188,7 @@ def test_replicates_do_not_depend_on_the_workers_and_progress_counts_them() -> N
 @pytest.mark.slow
 def test_worker_processes_give_the_same_ranks() -> None:
     model = MLP([3, 1], prior=priors.Normal(scale=1.0), likelihood=likelihoods.Normal(0.5))
-    backend = NUTS(num_samples=20, warmup_steps=20, num_chains=1, compile=False, progress=False)
+    backend = NUTS(num_samples=20, warmup_steps=20, num_chains=2, compile=False, progress=False)
     alone, shared = (calibrate(backend, model, PROBLEM.x, PROBLEM.y, num_replicates=5, n_jobs=jobs) for jobs in (1, 2))
     np.testing.assert_allclose(shared.pit, alone.pit, rtol=1e-10)
 

@@ -162,7 +162,7 @@ def test_adaptation_keeps_averages_and_clips_the_updates() -> None:
 def test_all_chains_start_from_one_mode() -> None:
     x, y = data()
     backend = ChEESHMC(
-        num_samples=1,
+        num_samples=4,
         warmup_steps=0,
         num_chains=6,
         adapt=False,

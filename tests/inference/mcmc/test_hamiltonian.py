@@ -10,8 +10,9 @@ from torch import Tensor
 
 from inference.backend import Bar
 from inference.errors import ConvergenceWarning, DivergenceWarning, NonFiniteError
-from inference.mcmc import HMC, NUTS
-from inference.mcmc.hamiltonian import precise_log_density
+from inference.mcmc import HMC, MCLMC, NUTS, ChEESHMC
+from inference.mcmc.chain_backend import ChainBackend
+from inference.mcmc.hamiltonian import HamiltonianBackend, precise_log_density
 from inference.target import compile_target
 from tests.inference.mcmc.sampling import z_scores
 
@@ -99,17 +100,36 @@ def test_the_same_seed_gives_the_same_draws_whatever_the_number_of_chains() -> N
     assert not torch.isclose(other.draws, few.draws).any()
 
 
-def test_one_draw_of_one_chain_without_warmup() -> None:
+@pytest.mark.parametrize("backend", [NUTS, HMC, MCLMC, ChEESHMC])
+def test_too_few_draws_to_compare_are_refused(backend: type[ChainBackend]) -> None:
+    with pytest.raises(ValueError, match=r"`num_samples`=1 and `thinning`=1 keep 1 draw\(s\) .* at least 4"):
+        backend(num_samples=1, thinning=1, num_chains=4)
+    with pytest.raises(ValueError, match=r"keep 3 draw\(s\) of each chain"):
+        backend(num_samples=30, thinning=10, num_chains=4)
+    assert backend(num_samples=1, thinning=1, num_chains=16).num_samples == 1  # groups of chains are compared
+
+
+@pytest.mark.parametrize("backend", [NUTS, HMC])
+def test_no_warmup_without_a_step_size_is_refused(backend: type[HamiltonianBackend]) -> None:
+    with pytest.raises(ValueError, match="`warmup_steps` must be >= 1 where the step size is adapted, got 0"):
+        backend(warmup_steps=0)
+
+
+def test_a_single_chain_warns_before_it_samples_and_is_not_trusted() -> None:
     x, y = data()
-    posterior = NUTS(num_samples=1, warmup_steps=0, num_chains=1).fit(linear, x, y, seed=0)
-    assert posterior.draws.shape == (1, 1, 2)
+    backend = NUTS(num_samples=100, warmup_steps=50, num_chains=1, compile=False)
+    with pytest.warns(ConvergenceWarning, match="one chain cannot show whether it has mixed"):
+        posterior = backend.fit(linear, x, y, seed=0)
+    found = posterior.diagnose()
+    assert sum("one chain" in text for text in found.warnings) == 1
+    assert not found.trusted
 
 
 def test_chains_start_where_init_says() -> None:
     x, y = data()
     starts = torch.tensor([[5.0, 5.0], [-5.0, 5.0]])
     posterior = HMC(
-        num_samples=1, warmup_steps=0, num_chains=2, step_size=1e-6, adapt_step_size=False, num_leapfrogs=1
+        num_samples=4, warmup_steps=0, num_chains=2, step_size=1e-6, adapt_step_size=False, num_leapfrogs=1
     ).fit(linear, x, y, init=starts)
     torch.testing.assert_close(posterior.draws[:, 0], starts, rtol=0, atol=1e-3)
 
@@ -147,7 +167,9 @@ def test_an_interrupt_during_warmup_says_how_far_it_came(monkeypatch: pytest.Mon
 def test_a_time_limit_returns_the_draws_so_far() -> None:
     x, y = data()
     with pytest.warns(ConvergenceWarning, match="max_seconds=0.3 ended the run"):
-        posterior = HMC(num_samples=10**5, warmup_steps=0, num_chains=2, max_seconds=0.3).fit(linear, x, y, seed=0)
+        posterior = HMC(
+            num_samples=10**5, warmup_steps=0, num_chains=2, step_size=0.1, max_seconds=0.3
+        ).fit(linear, x, y, seed=0)
     assert 1 <= posterior.draws.shape[1] < 10**5
 
 
@@ -195,7 +217,7 @@ def test_a_start_that_is_not_finite_names_the_observed_site() -> None:
     with pytest.raises(
         NonFiniteError, match=r"likelihood of site 'target' is not finite at 1 data, the first at row 3"
     ):
-        NUTS(num_samples=2, warmup_steps=2).fit(model, torch.arange(4.0), torch.zeros(4))
+        NUTS(num_samples=4, warmup_steps=2).fit(model, torch.arange(4.0), torch.zeros(4))
 
 
 def test_energies_are_summed_in_float64() -> None:

@@ -183,7 +183,7 @@ def test_a_time_limit_returns_the_draws_so_far() -> None:
 def test_a_time_limit_during_warmup_says_how_far_it_came() -> None:
     x, y = data()
     with pytest.raises(TimeoutError, match=r"max_seconds=0.05 .* of 1000000 warm-up iterations"):
-        MCLMC(num_samples=10, warmup_steps=10**6, max_seconds=0.05).fit(linear, x, y, seed=0)
+        MCLMC(num_samples=40, warmup_steps=10**6, max_seconds=0.05).fit(linear, x, y, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:the energy errors")
@@ -205,7 +205,7 @@ def test_chains_start_where_init_says() -> None:
     x, y = data()
     starts = torch.tensor([[5.0, 5.0], [-5.0, 5.0]])
     backend = MCLMC(
-        num_samples=1, warmup_steps=0, num_chains=2, thinning=1, step_size=1e-6, decoherence_length=1.0, compile=False
+        num_samples=4, warmup_steps=0, num_chains=2, thinning=1, step_size=1e-6, decoherence_length=1.0, compile=False
     )
     torch.testing.assert_close(backend.fit(linear, x, y, init=starts).draws[:, 0], starts, rtol=0, atol=1e-5)
 

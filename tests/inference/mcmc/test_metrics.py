@@ -189,7 +189,7 @@ def test_prior_variances_are_those_of_the_prior_in_unconstrained_space() -> None
 
 def test_prior_masses_stay_as_they_are() -> None:
     target = compile_target(scales, torch.zeros(4), torch.zeros(4))
-    backend = NUTS(num_samples=2, warmup_steps=60, num_chains=1, mass_matrix="prior", max_tree_depth=3, progress=False)
+    backend = NUTS(num_samples=4, warmup_steps=60, num_chains=2, mass_matrix="prior", max_tree_depth=3, progress=False)
     with pytest.warns(UserWarning, match="reached max_tree_depth"):
         posterior = backend.fit_to(target, seed=0)
     assert bool(torch.isfinite(posterior.draws).all())
@@ -246,7 +246,7 @@ def test_bad_masses_are_named(fields: dict[str, Any], message: str) -> None:
 def starts_of(init: Any, num_chains: int = 4, **changes: Any) -> Tensor:
     """Where chains begin: one leapfrog of no length."""
     fields: dict[str, Any] = {"step_size": 1e-9, "adapt_step_size": False, "num_leapfrogs": 1, "progress": False}
-    backend = HMC(num_samples=1, warmup_steps=0, num_chains=num_chains, **{**fields, **changes})
+    backend = HMC(num_samples=4, warmup_steps=0, num_chains=num_chains, **{**fields, **changes})
     return backend.fit(linear, *data(), seed=0, init=init).draws[:, 0]
 
 

@@ -42,7 +42,7 @@ def test_without_a_start_the_members_are_a_deep_ensemble_with_the_published_sett
 def test_chains_leave_from_the_members() -> None:
     x, y = data()
     members = MILE(**{**SHORT, "num_samples": 0}).fit(linear, x, y, seed=1).draws[:, 0]
-    fixed = {**SHORT, "num_samples": 1, "warmup_steps": 0, "thinning": 1, "step_size": 1e-7, "decoherence_length": 1.0}
+    fixed = {**SHORT, "num_samples": 4, "warmup_steps": 0, "thinning": 1, "step_size": 1e-7, "decoherence_length": 1.0}
     draws = MILE(**fixed).fit(linear, x, y, seed=1).draws[:, 0]
     torch.testing.assert_close(draws, members, rtol=0, atol=1e-6)
     assert not torch.equal(draws, members)

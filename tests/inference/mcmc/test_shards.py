@@ -184,4 +184,4 @@ def test_more_shards_than_data_are_refused_before_any_sampling() -> None:
 def test_latents_per_datum_cannot_be_sharded() -> None:
     case = next(c for c in CASES if c.local)
     with pytest.raises(UnsupportedModelError, match="'effect' has one value per datum"):
-        HMC(num_shards=3, num_samples=2, warmup_steps=0, num_chains=1, compile=False).fit(case.model(), case.x, case.y)
+        HMC(num_shards=3, num_samples=4, warmup_steps=1, num_chains=2, compile=False).fit(case.model(), case.x, case.y)
