@@ -27,7 +27,7 @@ x, y, grid = data.x_train, data.y_train, data.grid
 model = MLP(
     [1, 50, 1],
     activation="tanh",
-    prior=priors.Normal(scale="fan_in"),
+    prior=priors.Normal(scale={"layers.0.*": 3.0, "layers.1.weight": 3.0 / 50**0.5, "*": 1.0}),
     likelihood=likelihoods.Normal(scale=dist.HalfNormal(1.0)),
 )
 
@@ -95,19 +95,20 @@ for name, row in table.items():
 
 # %% [markdown]
 # ## The claims, checked
-# Ensembles, SWAG and SVGD grow less sure outside the data. MAP has no spread at all. And mean-field variational
-# inference fails in between: NUTS is far less sure in the gap than at the data, while mean-field is about as sure in
-# the gap as anywhere, however long it is trained (Foong et al. 2019 prove it for one hidden layer). Look at the ratio:
-# the bars themselves may look reasonable, which is why this failure is easily missed. SWAG's spread grows outwards,
-# but its size is that of SGD's steps, a few per cent of what NUTS finds.
+# NUTS is about ten times less sure in the gap than at the data, and so is the full Laplace approximation. Ensembles and
+# SVGD grow less sure away from the data too, by less than they should: few members, all trained to agree. MAP has no
+# spread at all. Mean-field variational inference fails in between: it is about as sure in the gap as at the data,
+# however long it is trained (Foong et al. 2019 prove it for one hidden layer), and pays with too wide a band at the
+# data. The diagonal Laplace approximation shares the fault. SWAG's spread is that of SGD's steps, which the data drive:
+# with this prior it does not grow away from them at all. (With weights of standard deviation 1 it does, by a third.)
 
 # %%
-for name in ("NUTS", "DeepEnsemble", "SWAG", "SVGD"):
-    assert table[name]["outside"] > table[name]["data"], name
+for name in ("NUTS", "DenseLaplace", "DeepEnsemble", "SVGD"):
+    assert table[name]["outside"] > 3 * table[name]["data"], name
 assert table["MAP"]["gap"] == 0
 ratios = {name: row["gap"] / row["data"] for name, row in table.items() if row["data"]}
-assert ratios["NUTS"] > 1.3
-assert ratios["MeanFieldVI"] < 1.2
+assert ratios["NUTS"] > 5
+assert ratios["MeanFieldVI"] < 2
 
 # %% [markdown]
 # No single backend wins everywhere. `bnn-zoo compare --data gap` gives the same comparison with distances to the
