@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,44 @@ class PeerError(RuntimeError):
     """A peer that could not be installed or started; the message says why."""
 
 
-# Peer: (requirements, script). "own" marks what bnn-zoo's own environment has already.
-PEERS: dict[str, tuple[tuple[str, ...], str]] = {
-    "pyro": ((), "own"),
-    "arviz": ((), "own"),
-    "numpyro": (("numpyro==0.22.0", "jax==0.10.2", "jaxlib==0.10.2"), "numpyro_peer.py"),
-    "blackjax": (("blackjax==1.7.1", "jax==0.10.2", "jaxlib==0.10.2"), "blackjax_sampler.py"),
+@dataclass(frozen=True)
+class Peer:
+    """A peer and what it needs.
+
+    Attributes:
+        requirements: What its environment installs; none for what bnn-zoo's own environment has already.
+        script: Its script in `benchmarks/peers/`.
+        alone: What is installed without its own requirements.
+    """
+
+    requirements: tuple[str, ...] = ()
+    script: str = ""
+    alone: tuple[str, ...] = ()
+
+
+PEERS = {
+    "pyro": Peer(),
+    "arviz": Peer(),
+    "numpyro": Peer(("numpyro==0.22.0", "jax==0.10.2", "jaxlib==0.10.2"), "numpyro_peer.py"),
+    "blackjax": Peer(("blackjax==1.7.1", "jax==0.10.2", "jaxlib==0.10.2"), "blackjax_sampler.py"),
+    # torchvision, which BackPACK asks for and nothing here imports, would bring a torch for graphics cards along.
+    "laplace-torch": Peer(
+        (
+            "torch",
+            "numpy",
+            "scipy",
+            "einops==0.8.2",
+            "opt_einsum==3.4.0",
+            "tqdm",
+            "torchmetrics==1.9.0",
+            "tensordict==0.15.3",
+        ),
+        "laplace_torch_peer.py",
+        (
+            *("laplace-torch==0.3", "backpack-for-pytorch==1.7.1", "curvlinops-for-pytorch==3.0.1"),
+            *("asdl==0.1.5", "asdfghjkl==0.1a5", "linear_operator==0.6.1", "einconv==0.1.0", "unfoldNd==0.2.3"),
+        ),
+    ),
 }
 
 
@@ -53,21 +86,24 @@ def python_of(peer: str) -> Path:
     Raises:
         PeerError: If the installation fails.
     """
-    requirements, script = PEERS[peer]
-    if script == "own":
+    found = PEERS[peer]
+    if not found.requirements:
         return Path(sys.executable)
     folder = ENVIRONMENTS / peer
     python, stamp = folder / "bin" / "python", folder / "requirements.txt"
-    wanted = "\n".join(requirements)
+    wanted = "\n".join((*found.requirements, *found.alone))
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
-    print(f"making an environment for {peer}: {', '.join(requirements)}", file=sys.stderr, flush=True)
+    print(f"making an environment for {peer}: {wanted.replace(chr(10), ', ')}", file=sys.stderr, flush=True)
     venv.create(folder, clear=True, with_pip=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, *requirements]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise PeerError(f"installing {', '.join(requirements)} failed: {lines[-1] if lines else 'no network?'}")
+    command = [python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS]
+    for packages in (found.requirements, ("--no-deps", *found.alone) if found.alone else ()):
+        if not packages:
+            continue
+        done = subprocess.run([str(p) for p in (*command, *packages)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise PeerError(f"installing {', '.join(packages)} failed: {lines[-1] if lines else 'no network?'}")
     stamp.write_text(wanted)
     return python
 
@@ -85,7 +121,7 @@ class PeerProcess:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "problem.npz"
         np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
-        script = HERE / "peers" / PEERS[peer][1]
+        script = HERE / "peers" / PEERS[peer].script
         self._process = subprocess.Popen(
             [str(python_of(peer)), str(script), task, str(path)],
             stdin=subprocess.PIPE,

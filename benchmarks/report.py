@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-ORDER = ("leapfrog", "ensemble", "predictive", "diagnostics", "mean_field")
+ORDER = ("leapfrog", "ensemble", "predictive", "diagnostics", "mean_field", "laplace")
 
 INTRODUCTION = """# Benchmarks
 

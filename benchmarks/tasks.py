@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks import diagnostics, ensemble, leapfrog, mean_field, predictive
+from benchmarks import diagnostics, ensemble, laplace, leapfrog, mean_field, predictive
 from benchmarks.measure import Case, NotRun, Settings
 
 
@@ -32,5 +32,6 @@ TASKS = {
         Task("predictive", "Posterior predictive", predictive.cases),
         Task("diagnostics", "Convergence diagnostics", diagnostics.cases),
         Task("mean_field", "A step of mean-field variational inference", mean_field.cases),
+        Task("laplace", "Laplace approximations of trained networks", laplace.cases),
     )
 }

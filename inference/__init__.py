@@ -26,10 +26,24 @@ from inference.errors import (
     UnsupportedModelError,
 )
 from inference.evidence import annealed_importance_sampling, evidence_bounds
-from inference.laplace import DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace
+from inference.gaussian_process import SGDPosteriorSampler
+from inference.laplace import (
+    DenseLaplace,
+    DiagonalLaplace,
+    FunctionalLaplace,
+    KroneckerLaplace,
+    LaplaceEvidence,
+    LowRankLaplace,
+    OnlineLaplace,
+    SampledLaplace,
+    TunedPrior,
+    laplace_evidence,
+    tune_at_linear_mode,
+    tune_prior,
+)
 from inference.mcmc import HMC, MCLMC, MILE, NUTS, ChEESHMC
 from inference.particles import SVGD
-from inference.point import MAP, Subset
+from inference.point import MAP, LargestVariance, Subset
 from inference.posterior import DrawsPosterior, GaussianPosterior, MixturePosterior, Posterior
 from inference.prediction import Prediction
 from inference.registry import BACKENDS, find_backend
@@ -58,24 +72,34 @@ __all__ = [
     "DivergenceWarning",
     "DrawsPosterior",
     "FitInfo",
+    "FunctionalLaplace",
     "GaussianPosterior",
     "KroneckerLaplace",
+    "LaplaceEvidence",
+    "LargestVariance",
     "LowRankLaplace",
     "MeanFieldVI",
     "MixturePosterior",
     "NonFiniteError",
+    "OnlineLaplace",
     "Pathfinder",
     "Posterior",
     "Prediction",
     "PyroGuideVI",
     "PyroMCMC",
+    "SGDPosteriorSampler",
+    "SampledLaplace",
     "Subset",
     "Target",
+    "TunedPrior",
     "UnsupportedModelError",
     "align",
     "annealed_importance_sampling",
     "compile_target",
     "evidence_bounds",
     "find_backend",
+    "laplace_evidence",
     "load",
+    "tune_at_linear_mode",
+    "tune_prior",
 ]

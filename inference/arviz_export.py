@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from inference.data import chunks
 from inference.linearised import LinearisedDraws
+from inference.linearised_draws import LinearisedDrawsPosterior, LinearisedProducts
 from inference.partial import PartialDrawsPosterior
 from inference.prediction import DrawSource, Prediction, Source, draws_per_chunk
 from inference.target import Target
@@ -54,7 +55,7 @@ def to_inference_data(
     if "lp" not in stats:
         joint = (prior_density + log_likelihood.sum(-1) / target.likelihood_temperature) / target.temperature
         stats["lp"] = joint.reshape(lead)
-    if isinstance(source, LinearisedDraws):  # judged by what it predicts
+    if isinstance(source, (LinearisedDraws, LinearisedProducts)):  # judged by what it predicts
         log_likelihood = prediction.component_log_prob(target.y)
     latent = _latent_name(target)
     coords, dims = _coordinates(target, latent, function)
@@ -128,6 +129,8 @@ def _source(posterior: Posterior, flat: Tensor) -> Source:
     target = posterior.target
     if isinstance(posterior, GaussianPosterior) and posterior.linearized:
         return LinearisedDraws(target, posterior.gaussian, flat, target.x)
+    if isinstance(posterior, LinearisedDrawsPosterior):
+        return posterior.source(target.x, thetas=flat)
     return DrawSource(target, flat, flat.new_full((len(flat),), 1 / len(flat)), target.x)
 
 

@@ -143,6 +143,9 @@ class Run:
         target: What it runs on.
         seed: Seed of all randomness.
         init: The user's starting point, or None.
+
+    Attributes:
+        curvature: What a Laplace backend took last, for its posterior.
     """
 
     def __init__(self, backend: Backend, target: Target, seed: int, init: Any = None) -> None:
@@ -151,6 +154,7 @@ class Run:
         self.seed = seed
         self.init = init
         self.info = FitInfo()
+        self.curvature: Any = None
 
     def stream(self, index: int = 0) -> torch.Generator:
         """Random stream of one chain, member or purpose."""

@@ -22,6 +22,7 @@ class Coordinates:
         sites: Latent sites held by theta, with their slices.
         kept: For a restricted target, the (start, stop) pieces of the full theta that it holds.
         at: For a restricted target, the full theta that fixes the rest.
+        entries: Where it holds single entries, their positions in the full theta, (P,).
     """
 
     if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Coordinates:
         sites: tuple[Site, ...]
         kept: tuple[tuple[int, int], ...] | None
         at: Tensor | None
+        entries: Tensor | None
 
     @property
     def dim(self) -> int:
@@ -79,8 +81,9 @@ class Coordinates:
         Raises:
             ValueError: If a site is missing, misshapen or outside its support.
         """
+        held = {site.name for site in self.sites}
         pieces = []
-        for site in self.sites:
+        for site in (s for s in self.all_sites if s.name in held):
             if site.name not in sites:
                 raise ValueError(f"no value for site {site.name!r}; expected {[s.name for s in self.sites]}")
             value = torch.as_tensor(sites[site.name], dtype=self.dtype, device=self.device)
@@ -91,7 +94,11 @@ class Coordinates:
             if not torch.isfinite(flat).all():
                 raise ValueError(f"site {site.name!r} holds values outside its support {site.support}")
             pieces.append(flat)
-        return torch.cat(pieces, -1)
+        whole = torch.cat(pieces, -1)
+        if self.entries is None:
+            return whole
+        owned = torch.cat([torch.arange(s.start, s.stop) for s in self.all_sites if s.name in held])
+        return whole[..., torch.searchsorted(owned, self.entries.cpu()).to(whole.device)]
 
     def expand(self, theta: Tensor) -> Tensor:
         """Full theta of a restricted one (the identity otherwise).
@@ -104,6 +111,10 @@ class Coordinates:
         """
         if self.kept is None or self.at is None:
             return theta
+        if self.entries is not None:
+            lead = theta.shape[:-1]
+            index = self.entries.expand((*lead, -1))
+            return self.at.expand((*lead, -1)).scatter(-1, index, theta)
         pieces, full, small = [], 0, 0
         lead = theta.shape[:-1]
         for start, stop in self.kept:
@@ -116,4 +127,6 @@ class Coordinates:
         """Entries of a full theta that a restricted target holds: (..., full P) to (..., P)."""
         if self.kept is None:
             return full
+        if self.entries is not None:
+            return full[..., self.entries]
         return torch.cat([full[..., a:b] for a, b in self.kept], -1)

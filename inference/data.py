@@ -46,6 +46,21 @@ def chunks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+def full_chunks(total: int, size: int) -> Iterator[tuple[slice, int]]:
+    """Slices of exactly ``size`` that cover ``range(total)``, and how many leading rows the last shares with its left.
+
+    Args:
+        total: Number of rows, at least ``size``.
+        size: Rows of a slice.
+
+    Yields:
+        The slice, and its number of rows that were in the slice before.
+    """
+    for rows in chunks(total, size):
+        skip = size - (rows.stop - rows.start)
+        yield slice(rows.start - skip, rows.stop), skip
+
+
 def check_data(x: Any, y: Any = None) -> tuple[Tree, Tensor, int | None]:
     """Validate what was given to ``fit``.
 

@@ -24,6 +24,7 @@ from inference.flat_gaussian import (
     solve_rows,
 )
 from inference.kronecker_gaussian import KroneckerGaussian
+from inference.output_gaussians import OutputGaussians
 from inference.spectral_gaussian import SpectralGaussian
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "FlatGaussian",
     "KroneckerGaussian",
     "LowRankGaussian",
+    "OutputGaussians",
     "SpectralGaussian",
     "gaussian_from_tensors",
 ]
@@ -266,7 +268,14 @@ class DenseGaussian(FlatGaussian):
 
 GAUSSIANS: dict[str, type[FlatGaussian]] = {
     gaussian.__name__: gaussian
-    for gaussian in (DiagonalGaussian, LowRankGaussian, DenseGaussian, KroneckerGaussian, SpectralGaussian)
+    for gaussian in (
+        DiagonalGaussian,
+        LowRankGaussian,
+        DenseGaussian,
+        KroneckerGaussian,
+        SpectralGaussian,
+        OutputGaussians,
+    )
 }
 """Every flat Gaussian by its class name, under which it is saved."""
 

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class FlatGaussian(ABC):
     """
 
     loc: Tensor
+
+    over_theta: ClassVar[bool] = True
+    """Whether it is a distribution of theta, with draws and a density, and not of function values alone."""
 
     def __post_init__(self) -> None:
         """Refuse a mean which is not a finite vector.
@@ -79,6 +82,17 @@ class FlatGaussian(ABC):
         Returns:
             Symmetric covariances, shape (..., K, K).
         """
+
+    def joint(self, jacobian: Tensor) -> Tensor:
+        r"""Covariance :math:`J_X \Sigma J_X^\top` of K outputs at B inputs.
+
+        Args:
+            jacobian: Jacobians, shape (B, K, P).
+
+        Returns:
+            Symmetric covariance, shape (B, K, B, K).
+        """
+        return self.quadratic(jacobian.flatten(0, 1)).reshape(jacobian.shape[:2] * 2)
 
     @abstractmethod
     def covariance_times(self, vector: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ CompileOption = bool | Literal["auto"]
 # Inductor needs 3-5 s for the graph of a small network; a call then takes a fifth to a half of the time.
 _COMPILE_SECONDS = 5.0
 _COMPILED_SHARE = 0.35
-# With the calling code in C++ too, building takes some 4 s more, and a call loses the 20 us that Python spends in it.
-_WRAPPER_SECONDS = 4.0
+# With the calling code in C++ too, a call loses the 20 us that Python spends in it. The compiler has no more work, but
+# one file of it where there were several, which two cores would share.
+_WRAPPER_SECONDS = 1.5
 _WRAPPER_SHARE = 2e-5
 
 
@@ -154,7 +155,13 @@ def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final:
     return Captured(module, call, in_spec, out_specs[0], compiled)
 
 
-def hot(fn: Callable[..., Any], *example: Any, compile: CompileOption = "auto", num_calls: float = 0) -> Captured:
+def hot(
+    fn: Callable[..., Any],
+    *example: Any,
+    compile: CompileOption = "auto",
+    num_calls: float = 0,
+    recorded: dict[Any, Captured] | None = None,
+) -> Captured:
     """Capture the inner step of a long computation, compiled where that pays.
 
     Args:
@@ -162,14 +169,22 @@ def hot(fn: Callable[..., Any], *example: Any, compile: CompileOption = "auto", 
         *example: As in :func:`capture`.
         compile: True, False, or "auto": compile if ``num_calls`` of the estimated cost outweigh the compilation.
         num_calls: How often the result is about to be called.
+        recorded: What was captured of the same function before, by the layout of its arguments; used where it serves
+            and added to.
 
     Returns:
         The captured function.
     """
-    captured = capture(fn, *example)
+    recorded = {} if recorded is None else recorded
+    flat, spec = pytree.tree_flatten(example)
+    key = (spec, *((a.shape, a.stride(), a.dtype, a.device) for a in flat))
+    captured = recorded.get(key) or recorded.setdefault(key, capture(fn, *example))
     if compile is True or (compile == "auto" and worth_compiling(captured, num_calls)):
-        call, compiled = _inductor(captured.module, pytree.tree_leaves(example), num_calls)
-        return Captured(captured.module, call, captured.in_spec, captured.out_spec, compiled)
+        key = (*key, num_calls * _WRAPPER_SHARE > _WRAPPER_SECONDS)
+        if key not in recorded:
+            call, compiled = _inductor(captured.module, flat, num_calls)
+            recorded[key] = Captured(captured.module, call, captured.in_spec, captured.out_spec, compiled)
+        return recorded[key]
     return captured
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import grad, vjp, vmap
 
 from inference import data
@@ -124,7 +124,7 @@ def prior_diagonal(target: Target, theta: Tensor) -> tuple[Tensor, bool]:
 
 
 def prior_alone(target: Target) -> Callable[[Tensor], Tensor]:
-    """The log prior, at the cost of two data where it does not depend on them.
+    """The log prior by itself, cut out of the recorded joint density where it does not read the data.
 
     Args:
         target: The compiled model.
@@ -132,15 +132,24 @@ def prior_alone(target: Target) -> Callable[[Tensor], Tensor]:
     Returns:
         Function from theta (P,) to nats, ().
     """
-    x = few(target, target.x)
-    y = target.y[: data.num_data(x)]
-    if len(y) == target.num_data:
+    if target.programs.any_joint() is None:
+        x = few(target, target.x)
+        theta = torch.zeros(target.dim, dtype=target.dtype, device=target.device)
+        try:
+            target.programs.joint(target.expand(theta), x, target.y[: data.num_data(x)])
+        except UnsupportedModelError:  # a prior that reads all data
+            return target.log_prior
+    module = target.recorded_any()
+    graph = fx.Graph()
+    outputs: Any = graph.graph_copy(module.graph, {})
+    graph.output(outputs[0])
+    graph.eliminate_dead_code()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if any(node.users for node in inputs[1:]):
         return target.log_prior
-    try:
-        target.programs.joint(target.expand(torch.zeros(target.dim, dtype=target.dtype, device=target.device)), x, y)
-    except UnsupportedModelError:  # a prior that reads all data
-        return target.log_prior
-    return lambda theta: target.programs.joint(target.expand(theta), x, y)[0]
+    prior = fx.GraphModule(module, graph)
+    nothing = [None] * (len(inputs) - 1)
+    return lambda theta: prior(target.expand(theta).contiguous(), *nothing)
 
 
 _HESSIAN_BATCH = 1024

@@ -114,7 +114,7 @@ def linearized_joint(target: Target, gaussian: FlatGaussian, theta: Tensor, x: A
     """
     if peek_interpreter_stack() is not None or not isinstance(gaussian, (DiagonalGaussian, KroneckerGaussian)):
         eta, jacobian = eta_and_jacobian(target, theta, x)
-        return eta, gaussian.quadratic(jacobian.flatten(0, 1)).reshape(eta.shape + eta.shape)
+        return eta, gaussian.joint(jacobian)
     ((_, taps, done),) = passes(target, theta, x, data.num_data(x))
     pairs, others = _matched(gaussian, taps)
     gradients = dict(zip(taps.blocks, done.all_gradients(), strict=True))

@@ -175,7 +175,7 @@ def layer_block(
     Raises:
         ValueError: If the precision is not positive.
     """
-    out_root, in_root, error = _factored_prior(prior)
+    out_root, in_root, error = factored_prior(prior)
     flat = not bool((prior > 0).any())
     outputs = factors.outputs / (out_root[:, None] * out_root) / (factors.terms * likelihood_temperature)
     out_values, out_vectors = torch.linalg.eigh(outputs)
@@ -214,8 +214,15 @@ def require_curved(precision: Tensor, site: str) -> None:
         )
 
 
-def _factored_prior(prior: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Roots of row and column factors of the prior precision, (out,) and (in,), and their largest relative error."""
+def factored_prior(prior: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Write a prior precision as a product of row and column factors, the nearest there is in relative terms.
+
+    Args:
+        prior: Precisions, (out, in), none negative.
+
+    Returns:
+        Roots of the factors, (out,) and (in,), and the largest relative error.
+    """
     if not bool((prior > 0).any()):
         return torch.ones_like(prior[:, 0]), torch.ones_like(prior[0]), 0.0
     floor = _FLAT * prior[prior > 0].mean()

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from inference.data import Tree, chunks, index, num_data
 from inference.distributions import FlatGaussian
@@ -105,7 +106,7 @@ class LinearisedSource:
         if self._last is None or self._last[0] != rows:
             x = index(self.x, rows)
             eta, covariance = linearized_moments(self.target, self.gaussian, self.gaussian.loc, x)
-            with torch.no_grad():
+            with torch.set_grad_enabled(any(leaf.requires_grad for leaf in pytree.tree_leaves(x))):
                 base = self.target.parameters(self.gaussian.loc, x)
             self._last = (rows, eta, covariance, base)
         return self._last[1:]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from inference.backend import FitInfo
-from inference.data import num_data
-from inference.distributions import FlatGaussian, gaussian_from_tensors
-from inference.linearised import LinearisedSource
+from inference.gaussian_posterior import GaussianPosterior
 from inference.posterior_base import Posterior, check_count
-from inference.prediction import Prediction
-from inference.target import Target, check_new_inputs, random_stream
+from inference.target import Target, random_stream
+
+__all__ = ["POSTERIORS", "DrawsPosterior", "GaussianPosterior", "MixturePosterior", "Posterior"]
 
 
 class DrawsPosterior(Posterior):
@@ -156,108 +155,6 @@ class DrawsPosterior(Posterior):
         made = cls(target, tensors["draws"], sample_stats=stats, probe_values=tensors.get("probes"), **common)
         made.weights = tensors["weights"]  # as they were, not normalised a second time
         return made
-
-
-class GaussianPosterior(Posterior):
-    """A Gaussian over theta.
-
-    Args:
-        target: The compiled model.
-        gaussian: The distribution.
-        backend: The backend that made it.
-        info: Cost and warnings.
-        log_evidence: Nats, where there is one.
-        linearized: Predict with the network linearised at the mean instead of with draws of the network.
-    """
-
-    kind = "a Gaussian"
-
-    def __init__(
-        self,
-        target: Target,
-        gaussian: FlatGaussian,
-        *,
-        backend: Any,
-        info: FitInfo | None = None,
-        log_evidence: float | None = None,
-        linearized: bool = False,
-    ) -> None:
-        super().__init__(target, backend=backend, info=info, log_evidence=log_evidence)
-        if gaussian.loc.shape != (target.dim,):
-            raise ValueError(f"the Gaussian must have {target.dim} dimensions, got {tuple(gaussian.loc.shape)}")
-        self.gaussian = gaussian
-        self.linearized = linearized
-
-    @property
-    def mean_theta(self) -> Tensor:
-        """Mean, (P,)."""
-        return self.gaussian.loc
-
-    @property
-    def has_log_density(self) -> bool:
-        """Whether :meth:`log_density` is available."""
-        return True
-
-    def log_density(self, theta: Tensor) -> Tensor:
-        """Normalised log density of the Gaussian.
-
-        Args:
-            theta: (..., P).
-
-        Returns:
-            (...) nats.
-        """
-        return self.gaussian.log_prob(theta)
-
-    def sample(self, num_samples: int, seed: int = 0) -> Tensor:
-        """Draw theta.
-
-        Args:
-            num_samples: Number of draws S.
-            seed: Random seed.
-
-        Returns:
-            (S, P).
-        """
-        check_count(num_samples)
-        return self.gaussian.sample(num_samples, random_stream(seed, 0, self.gaussian.loc.device))
-
-    def predict(
-        self, x: Any, *, num_samples: int | None = None, seed: int = 0, chunk_size: int | None = None
-    ) -> Prediction:
-        """Predictive distribution; exact moments of the linearised network where ``linearized``.
-
-        Args:
-            x: Inputs, every leaf (N, ...).
-            num_samples: Number of mixture components S.
-            seed: Random seed.
-            chunk_size: Draws that advance together.
-
-        Returns:
-            The prediction.
-        """
-        if not self.linearized:
-            return super().predict(x, num_samples=num_samples, seed=seed, chunk_size=chunk_size)
-        x = check_new_inputs(self.target, x)
-        if num_samples is not None:
-            check_count(num_samples)
-        source = LinearisedSource(self.target, self.gaussian, x, num_samples=num_samples or 500, seed=seed)
-        return Prediction(source, num_data(x), seed)
-
-    def _starts(self, num: int, seed: int) -> Tensor:
-        return self.gaussian.loc.expand(1, -1) if num == 1 else self.sample(num, seed)
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The Gaussian's own tensors."""
-        return {"gaussian": type(self.gaussian).__name__, "linearized": self.linearized}, self.gaussian.tensors()
-
-    @classmethod
-    def from_state(
-        cls, target: Target, figures: dict[str, Any], tensors: dict[str, Tensor], **common: Any
-    ) -> Posterior:
-        """Undo :meth:`state`."""
-        gaussian = gaussian_from_tensors(figures["gaussian"], tensors)
-        return cls(target, gaussian, linearized=figures["linearized"], **common)
 
 
 class MixturePosterior(Posterior):

@@ -12,6 +12,7 @@ from inference.backend import FitInfo
 from inference.data import num_data
 from inference.errors import CapabilityError
 from inference.guide import run_as_guide
+from inference.links import Link, refuse_link
 from inference.prediction import DrawSource, Prediction
 from inference.target import Target, check_new_inputs
 
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
 
     from inference.diagnosis import Diagnosis
 
-_WITH_DENSITY = "MeanFieldVI, Pathfinder, DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace and SWAG"
-_WITH_EVIDENCE = (
-    "DenseLaplace, DiagonalLaplace, KroneckerLaplace and LowRankLaplace "
-    "(and MeanFieldVI, Pathfinder and PyroGuideVI as a lower bound)"
-)
+_LAPLACE = "DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace"
+_WITH_DENSITY = f"MeanFieldVI, Pathfinder, {_LAPLACE}, FunctionalLaplace and SWAG"
+_WITH_EVIDENCE = f"{_LAPLACE} and FunctionalLaplace (and MeanFieldVI, Pathfinder and PyroGuideVI as a lower bound)"
 
 
 class Posterior(ABC):
@@ -132,7 +131,13 @@ class Posterior(ABC):
     # -- predictions and reports ---------------------------------------------------------------------------------------
 
     def predict(
-        self, x: Any, *, num_samples: int | None = None, seed: int = 0, chunk_size: int | None = None
+        self,
+        x: Any,
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        chunk_size: int | None = None,
+        link: Link = "monte_carlo",
     ) -> Prediction:
         """Predictive distribution at new inputs, noise included.
 
@@ -141,18 +146,36 @@ class Posterior(ABC):
             num_samples: Number of mixture components S; None: all draws there are, or 200 for a continuous posterior.
             seed: Random seed.
             chunk_size: Draws that advance together; None: sized for the cache.
+            link: How class probabilities are averaged; anything but "monte_carlo" is for linearised posteriors.
 
         Returns:
             The prediction.
 
         Raises:
-            ValueError: If x does not fit the model, or a number is out of range.
+            CapabilityError: If the posterior has no such link.
+            ValueError: If x does not fit the model, or an argument is out of range.
         """
+        refuse_link(link, self.backend_name, self.kind)
         x = check_new_inputs(self.target, x)
         if num_samples is not None:
             check_count(num_samples)
         thetas, weights = self.components(num_samples, seed)
         return Prediction(DrawSource(self.target, thetas, weights, x, chunk_size), num_data(x), seed)
+
+    def function_covariance(self, x: Any) -> Tensor:
+        """Joint covariance of the latent function at several inputs, (N, K, N, K), of a linearised posterior.
+
+        Args:
+            x: Inputs, every leaf (N, ...).
+
+        Raises:
+            CapabilityError: Here: posteriors of draws have none in closed form.
+        """
+        raise CapabilityError(
+            f"{self.backend_name} gives {self.kind}, which has no covariance of the function in closed form; "
+            "`predict(x).component_functions()` gives draws of it, and "
+            f'{_LAPLACE} and FunctionalLaplace with predictive="linearized" have one'
+        )
 
     def components(self, num_samples: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Draws and weights for a mixture.

@@ -121,8 +121,6 @@ class Prediction:
 
     Attributes:
         mean: E[y], (N, ...); class probabilities for class labels.
-        aleatoric_variance: Expected noise variance, (N, ...).
-        epistemic_variance: Variance of E[y | theta] over the posterior, (N, ...).
         f_mean: Posterior mean of the latent function, (N, ...).
         f_variance: Posterior variance of the latent function, without noise, (N, ...).
 
@@ -150,13 +148,13 @@ class Prediction:
             kept = [*kept, params] if size <= _KEEP_BYTES else []
             found = vars(self._source.moments(rows, params)).copy()
             if self.family.is_classification:
-                found["probs"], found["entropy"] = self._entropies(params)
+                found["probs"], found["entropy"] = self._entropies(rows, params)
             for name, value in found.items():
                 if name not in out:
                     out[name] = value.new_empty((self.num_data, *value.shape[1:]))
                 out[name][rows] = value
         self._kept = kept or None
-        self.mean, self.aleatoric_variance, self.epistemic_variance = out["mean"], out["aleatoric"], out["epistemic"]
+        self.mean, self._aleatoric, self._epistemic = out["mean"], out["aleatoric"], out["epistemic"]
         self.f_mean, self.f_variance = out["f_mean"], out["f_variance"]
         if self.family.is_classification:
             self._probs, self._aleatoric_entropy = out["probs"], out["entropy"]
@@ -165,6 +163,16 @@ class Prediction:
     def num_components(self) -> int:
         """Number S of mixture components."""
         return self._weights.shape[0]
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """Expected noise variance, (N, ...)."""
+        return self._aleatoric
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """Variance of E[y | theta] over the posterior, (N, ...)."""
+        return self._epistemic
 
     @property
     def variance(self) -> Tensor:
@@ -348,7 +356,7 @@ class Prediction:
         one = params["logits"].sigmoid()
         return torch.stack([1 - one, one], -1)
 
-    def _entropies(self, params: Params) -> tuple[Tensor, Tensor]:
+    def _entropies(self, rows: slice, params: Params) -> tuple[Tensor, Tensor]:
         probs = self._class_probs(params)
         return average(probs, self._weights), average(entropy(probs), self._weights)
 

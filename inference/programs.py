@@ -23,6 +23,8 @@ class Programs:
         self.traced = traced
         self.cache: dict[tuple[Any, ...], Captured] = {}
         self.families: dict[tuple[Any, ...], LikelihoodFamily] = {}
+        # Steps of samplers, by what tells their densities apart: a second fit need not record or compile them again.
+        self.steps: dict[tuple[Any, ...], dict[Any, Captured]] = {}
 
     def terms(self, theta: Tensor, x: Tree, y: Tensor | None) -> Terms:
         """Run the model through Pyro at a full theta."""

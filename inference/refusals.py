@@ -95,12 +95,41 @@ def refuse_messages(messages: list[dict[str, Any]]) -> None:
                 f"latent site {msg['name']!r} is a Delta, which has no density; use `pyro.deterministic` or a "
                 "plain tensor"
             )
+        if is_latent(msg) and msg["value"].numel() == 0:
+            raise UnsupportedModelError(
+                f"latent site {msg['name']!r} has no entries (shape {tuple(msg['value'].shape)}): there is nothing to "
+                "infer about an empty layer; leave it out of the model"
+            )
         if is_latent(msg) and is_discrete(msg["fn"].support):
             raise UnsupportedModelError(
                 f"latent site {msg['name']!r} is discrete ({type(unwrap(msg['fn'])[0]).__name__}); sum it out, "
                 "for instance with "
                 "dist.MixtureSameFamily"
             )
+
+
+def refuse_intractable_priors(messages: list[dict[str, Any]]) -> None:
+    """Refuse priors that can be drawn from but whose density is not known in closed form.
+
+    Args:
+        messages: Every Pyro message of a run.
+
+    Raises:
+        UnsupportedModelError: Naming the site.
+    """
+    for msg in messages:
+        if not is_latent(msg):
+            continue
+        base = unwrap(msg["fn"])[0]
+        try:
+            if isinstance(base, dist.Stable):  # Pyro integrates its density numerically, with branches on values
+                raise NotImplementedError
+            msg["fn"].log_prob(msg["value"])
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"latent site {msg['name']!r} has a prior, {type(base).__name__}, with no density in closed form, and "
+                "a log density is what every backend works on; choose another prior"
+            ) from error
 
 
 def refuse_mutating_modules(model: Model) -> None:

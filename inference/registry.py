@@ -10,7 +10,14 @@ from inference.averaging import SWAG
 from inference.backend import Backend
 from inference.bridges import PyroGuideVI, PyroMCMC
 from inference.ensembles import DeepEnsemble
-from inference.laplace import DenseLaplace, DiagonalLaplace, KroneckerLaplace, LowRankLaplace
+from inference.laplace import (
+    DenseLaplace,
+    DiagonalLaplace,
+    FunctionalLaplace,
+    KroneckerLaplace,
+    LowRankLaplace,
+    SampledLaplace,
+)
 from inference.mcmc import HMC, MCLMC, MILE, NUTS, ChEESHMC
 from inference.particles import SVGD
 from inference.point import MAP
@@ -63,6 +70,8 @@ _CLASSES: tuple[type[Backend], ...] = (
     DiagonalLaplace,
     KroneckerLaplace,
     LowRankLaplace,
+    FunctionalLaplace,
+    SampledLaplace,
     SWAG,
     DeepEnsemble,
     SVGD,

@@ -102,7 +102,7 @@ def layers_of(target: Target) -> tuple[Layer, ...]:
     Returns:
         The layers.
     """
-    return find_layers(target.programs.any_joint() or target.recorded(), target.all_sites)
+    return find_layers(target.recorded_any(), target.all_sites)
 
 
 def _with_known(target: Target, points: Tensor) -> Tensor:

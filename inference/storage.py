@@ -15,8 +15,10 @@ from torch import Tensor
 from inference.backend import FitInfo
 from inference.container import read_file, write_file
 from inference.errors import UnsupportedModelError
+from inference.linearised_draws import LinearisedDrawsPosterior
 from inference.partial import PartialDrawsPosterior
 from inference.posterior import POSTERIORS, Posterior
+from inference.restriction import restrict_to_entries
 from inference.target import Target, compile_target
 
 FORMAT = "bnn-zoo posterior"
@@ -72,6 +74,8 @@ def save(posterior: Posterior, path: Path, *, overwrite: bool = False, data: boo
     target = posterior.target
     if target.at is not None:
         tensors["target.at"] = target.at
+    if target.entries is not None:
+        tensors["target.entries"] = target.entries
     record = _record(posterior, figures)
     if data:
         record["x_structure"], leaves = _flatten(target.x)
@@ -101,7 +105,9 @@ def load(path: str | Path, model: Any, x: Any = None, y: Any = None) -> Posterio
             raise ValueError(f"{path} was saved without its training data; pass them: load(path, model, x, y)")
         x, y = _unflatten(record["x_structure"], tensors), tensors["data.y"]
     target = _compile(model, x, y, record, path)
-    if "target.at" in tensors:
+    if "target.entries" in tensors:
+        target = restrict_to_entries(target, tensors["target.entries"], tensors["target.at"])
+    elif "target.at" in tensors:
         # Names are literal here, also those with brackets.
         target = target.restrict([glob.escape(name) for name in record["free_sites"]], tensors["target.at"])
     target = target.tempered(record["temperature"], record["likelihood_temperature"])
@@ -115,7 +121,8 @@ def load(path: str | Path, model: Any, x: Any = None, y: Any = None) -> Posterio
         saved.get("target_accept"),
     )
     info = FitInfo(**{**record["info"], "warnings": [tuple(w) for w in record["info"]["warnings"]]})
-    kind = {**POSTERIORS, PartialDrawsPosterior.__name__: PartialDrawsPosterior}[record["class"]]
+    others = (PartialDrawsPosterior, LinearisedDrawsPosterior)
+    kind = {**POSTERIORS, **{cls.__name__: cls for cls in others}}[record["class"]]
     posterior = kind.from_state(
         target, record["figures"], held, backend=backend, info=info, log_evidence=record["log_evidence"]
     )

@@ -257,11 +257,10 @@ def passes(target: Target, theta: Tensor, x: data.Tree, size: int) -> Iterator[t
     """
     total = data.num_data(x)
     size = math.ceil(total / math.ceil(total / size))
-    for rows in data.chunks(total, size):
-        skip = size - (rows.stop - rows.start)
-        part = data.index(x, slice(rows.start - skip, rows.stop))
+    for rows, skip in data.full_chunks(total, size):
+        part = data.index(x, rows)
         taps = taps_for(target, theta, part)
-        yield rows, taps, taps.run(target, theta, part, skip=skip)
+        yield slice(rows.start + skip, rows.stop), taps, taps.run(target, theta, part, skip=skip)
 
 
 def few(target: Target, x: data.Tree) -> data.Tree:
@@ -312,7 +311,7 @@ def floats_per_datum(target: Target, columns: int, matrices: int = 0) -> int:
     Returns:
         Number of floats.
     """
-    graph, total = target.recorded().graph, target.num_data
+    graph, total = target.recorded_any().graph, target.recorded_rows
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     reads_data, numel = set(inputs[1:]), {}
     for node in graph.nodes:

@@ -10,7 +10,6 @@ minibatches scale one of them by N/B, curvature needs per-datum terms, and tempe
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from inference.graph import CompileOption, hot
 from inference.layers import Layer, find_layers
 from inference.observation import LikelihoodFamily
 from inference.programs import Programs
+from inference.restriction import restrict_to_sites
 from inference.sites import Site
 from inference.starting import random_stream, sample_prior, starting_points
 from inference.tracing import Model, TracedModel, isolated
@@ -47,6 +47,7 @@ class Target(Coordinates):
         likelihood_temperature: T of the likelihood alone.
         kept: For a restricted target, the (start, stop) pieces of the full theta that it holds.
         at: For a restricted target, the full theta that fixes the rest.
+        entries: Where it holds single entries, their positions in the full theta, (P,).
         batch_size: Batch size of the DataLoader the data came from, if any.
         initial_sites: The model's own starting values by site name, if it has any.
         compile: Whether :meth:`log_density_and_grad` goes through Inductor: True, False or "auto".
@@ -60,6 +61,7 @@ class Target(Coordinates):
     likelihood_temperature: float = 1.0
     kept: tuple[tuple[int, int], ...] | None = None
     at: Tensor | None = None
+    entries: Tensor | None = None
     batch_size: int | None = None
     initial_sites: Mapping[str, Tensor] | None = None
     compile: CompileOption = "auto"
@@ -266,22 +268,7 @@ class Target(Coordinates):
         Raises:
             ValueError: If a pattern matches nothing or ``at`` has the wrong length.
         """
-        if self.kept is not None:
-            raise ValueError("this target is restricted already; restrict the full one")
-        patterns = [sites] if isinstance(sites, str) else list(sites)
-        names = [s.name for s in self.all_sites]
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"no site matches {pattern!r}; the model has {names}")
-        if at.shape != (self.full_dim,):
-            raise ValueError(f"`at` must have shape ({self.full_dim},), got {tuple(at.shape)}")
-        kept, chosen, start = [], [], 0
-        for site in self.all_sites:
-            if any(fnmatch.fnmatchcase(site.name, p) for p in patterns):
-                kept.append((site.start, site.stop))
-                chosen.append(replace(site, start=start, stop=start + site.size))
-                start += site.size
-        return replace(self, sites=tuple(chosen), kept=tuple(kept), at=at.detach())
+        return restrict_to_sites(self, sites, at)
 
     def recorded(self, num_rows: int | None = None) -> fx.GraphModule:
         """Graph of the joint density: what layers and costs are read from.
@@ -296,12 +283,22 @@ class Target(Coordinates):
         rows = slice(0, num_rows)
         return self.programs._get("joint", self.programs._joint, zero, index(self.x, rows), self.y[rows]).module
 
+    def recorded_any(self) -> fx.GraphModule:
+        """As :meth:`recorded`, over however many data were recorded first: for structure, and costs per datum."""
+        return self.programs.any_joint() or self.recorded()
+
+    @property
+    def recorded_rows(self) -> int:
+        """Number of data of :meth:`recorded_any`."""
+        inputs = [node for node in self.recorded_any().graph.nodes if node.op == "placeholder"]
+        return inputs[-1].meta["val"].shape[0]
+
     # -- network structure and starting points -----------------------------------------------------------------------
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """Linear, convolution and embedding layers, with the slices of the full theta they read."""
-        return find_layers(self.recorded(), self.all_sites)
+        return find_layers(self.recorded_any(), self.all_sites)
 
     def stream(self, seed: int, index: int = 0) -> torch.Generator:
         """Random stream of one chain or member, independent of how many others run beside it."""
@@ -344,7 +341,7 @@ class Target(Coordinates):
     @cached_property
     def prior_draws(self) -> Tensor:
         """A few draws from the prior over the full theta, which random starts are made of, (15, full P)."""
-        return sample_prior(replace(self, kept=None, at=None, sites=self.all_sites), 15)
+        return sample_prior(replace(self, kept=None, entries=None, at=None, sites=self.all_sites), 15)
 
     def _data(self, x: Tree | None, y: Tensor | None) -> tuple[Tree, Tensor]:
         if x is None and y is None:
@@ -375,15 +372,15 @@ def compile_target(
         UnsupportedModelError: Naming the site, if the model cannot be recorded.
         ValueError: If the data are empty, not finite or misshapen.
     """
-    x, y, batch_size = check_data(x, y)
+    x, y, loaded = check_data(x, y)
     traced = TracedModel(model, x, y, floating_dtype((x, y)))
     programs = Programs(traced)
     own: Any = getattr(model, "initial_sites", None)
     own = own() if callable(own) else own
-    target = Target(programs, x, y, traced.sites, batch_size=batch_size, initial_sites=own, compile=compile)
+    target = Target(programs, x, y, traced.sites, batch_size=loaded, initial_sites=own, compile=compile)
     with torch.no_grad():
         theta = 0.3 * torch.randn(target.dim, generator=target.stream(0), dtype=target.dtype, device=target.device)
-        rows = slice(0, None if traced.local_sites else batch_size or target.batch_size)
+        rows = slice(0, None if traced.local_sites else batch_size or loaded)
         some = index(x, rows), y[rows]
         recorded = programs.joint(theta, *some)
         with isolated(target.dtype, target.device):

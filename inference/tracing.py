@@ -29,6 +29,7 @@ from inference.refusals import (
     is_latent,
     is_plate,
     refuse_changes,
+    refuse_intractable_priors,
     refuse_messages,
     refuse_mutating_modules,
 )
@@ -177,6 +178,7 @@ class TracedModel:
             second = self._record(None, None, x, y)
         self.sites = find_sites(first, self.data_plate)
         refuse_changes(self.sites, find_sites(second, self.data_plate))
+        refuse_intractable_priors(first)
 
     @property
     def local_sites(self) -> list[str]:

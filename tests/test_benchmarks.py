@@ -104,7 +104,7 @@ def test_both_sides_of_a_problem_are_the_same_density():
     torch.testing.assert_close(values[1] - values[0], hand[1][0] - hand[0][0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("diagnostics", "ensemble")])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("diagnostics", "ensemble", "laplace")])
 def test_cases_agree_with_their_peers(name):
     torch.set_default_dtype(torch.float32)
     (case,) = TASKS[name].cases(Settings(repeats=1, quick=True, foreign=False))
@@ -112,3 +112,10 @@ def test_cases_agree_with_their_peers(name):
     # The mean-field ELBOs are Monte-Carlo estimates; their standard error is a few parts in a thousand.
     assert max(case.agreement.values()) < (0.02 if name == "mean_field" else 1e-5)
     assert all(contestant.seconds() > 0 for contestant in case.contestants)
+
+
+def test_a_laplace_case_needs_neither_images_nor_the_peer():
+    torch.set_default_dtype(torch.float32)
+    (case,) = TASKS["laplace"].cases(Settings(repeats=1, quick=True, foreign=False))
+    assert [contestant.name for contestant in case.contestants] == ["ours"]
+    assert case.contestants[0].seconds() > 0

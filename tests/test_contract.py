@@ -114,13 +114,22 @@ BEYOND_PYRO = [
     ("pyro_mcmc", "subsampling"),
     ("pyro_mcmc", "subsampling_by_index"),
 ]
+# The prior's precision is what these methods measure directions in, and a Laplace prior has no curvature.
+NEED_CURVATURE = [(name, "plated_weights") for name in ("low_rank_laplace", "sampled_laplace")]
 OTHERS = [(n, c.name) for n in NAMES for c in CASES if c.name not in SELECTED and not c.local]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "case"), [pair for pair in OTHERS if pair not in BEYOND_PYRO])
+@pytest.mark.parametrize(("name", "case"), [pair for pair in OTHERS if pair not in BEYOND_PYRO + NEED_CURVATURE])
 def test_every_other_model_fits_and_predicts(name, case):
     test_every_kind_of_model_fits_and_predicts(name, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "case"), NEED_CURVATURE)
+def test_a_prior_without_curvature_is_refused_where_it_is_needed(name, case):
+    with pytest.raises(ValueError, match="give that site a prior with curvature"):
+        cheap(name).fit_to(target_of(case))
 
 
 @pytest.mark.parametrize(("name", "case"), BEYOND_PYRO)

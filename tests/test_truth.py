@@ -33,12 +33,14 @@ from inference import (
     DeepEnsemble,
     DenseLaplace,
     DiagonalLaplace,
+    FunctionalLaplace,
     KroneckerLaplace,
     LowRankLaplace,
     MeanFieldVI,
     Pathfinder,
     PyroGuideVI,
     PyroMCMC,
+    SampledLaplace,
 )
 from inference.posterior import Posterior
 from tests.conjugate import (
@@ -85,6 +87,8 @@ CONVERGED: dict[str, Backend] = {
     "diagonal_laplace": DiagonalLaplace(start=START, **QUIET),
     "kronecker_laplace": KroneckerLaplace(start=START, newton_steps=20, **QUIET),
     "low_rank_laplace": LowRankLaplace(start=START, rank=2, **QUIET),
+    "functional_laplace": FunctionalLaplace(start=START, **QUIET),
+    "sampled_laplace": SampledLaplace(num_samples=4000, tolerance=1e-10, start=START, **QUIET),
     "deep_ensemble": DeepEnsemble(num_steps=1000, step_size=0.02, **QUIET),
     "svgd": SVGD(num_particles=50, num_steps=800, step_size=0.05, **QUIET),
     "swag": SWAG(
@@ -223,6 +227,39 @@ def test_low_rank_laplace_has_the_leading_directions_of_the_precision_and_the_pr
     expected = low_rank_precision(LINEAR.precision, 2)
     torch.testing.assert_close(torch.linalg.inv(posterior.gaussian.covariance()), expected, rtol=MODE, atol=1e-5)
     assert posterior.log_evidence == pytest.approx(laplace_evidence(LINEAR, expected), abs=1e-6)
+
+
+def test_functional_laplace_with_all_data_active_is_exact_on_a_linear_gaussian_model():
+    posterior = converged("functional_laplace")
+    torch.testing.assert_close(posterior.mean_theta, LINEAR.mean, rtol=MODE, atol=MODE)
+    torch.testing.assert_close(posterior.gaussian.covariance(), LINEAR.covariance, rtol=EXACT, atol=EXACT)
+    assert posterior.log_evidence == pytest.approx(LINEAR.log_evidence, rel=1e-10)
+    points = torch.randn(5, 3, dtype=torch.float64)
+    mean, variance = linear_truth(LINEAR.x, LINEAR.y, 1.5, 0.5).predictive(points)
+    prediction = posterior.predict(points)
+    torch.testing.assert_close(prediction.mean, mean, rtol=MODE, atol=MODE)
+    torch.testing.assert_close(prediction.variance, variance, rtol=MODE, atol=MODE)
+
+
+def assert_independent_covariance(deviations: Tensor, covariance: Tensor) -> None:
+    """Draws (k, P) about a known mean have this covariance within the Monte Carlo error of k of them."""
+    num, variance = len(deviations), covariance.diagonal()
+    error = ((variance[:, None] * variance + covariance.square()) / num).sqrt()
+    found = deviations.T @ deviations / num
+    assert ((found - covariance) / error).abs().max() < z_limit(covariance.numel())
+
+
+def test_sampled_laplace_is_exact_on_a_linear_gaussian_model_but_for_monte_carlo_error():
+    posterior = converged("sampled_laplace")
+    torch.testing.assert_close(posterior.mean_theta, LINEAR.mean, rtol=MODE, atol=MODE)
+    assert_independent_covariance(posterior.deviations, LINEAR.covariance)
+    points = torch.randn(5, 3, dtype=torch.float64)
+    mean, variance = linear_truth(LINEAR.x, LINEAR.y, 1.5, 0.5).predictive(points)
+    prediction = posterior.predict(points)
+    torch.testing.assert_close(prediction.mean, mean, rtol=MODE, atol=MODE)
+    torch.testing.assert_close(prediction.aleatoric_variance, torch.full_like(mean, 0.25), rtol=EXACT, atol=EXACT)
+    ratio = prediction.epistemic_variance / (variance - 0.25)
+    assert (ratio - 1).abs().max() < z_limit(5) * (2 / 4000) ** 0.5
 
 
 # -- variational ----------------------------------------------------------------------
@@ -445,6 +482,8 @@ def test_every_backend_with_a_temperature_is_tested():
         "diagonal_laplace",
         "kronecker_laplace",
         "low_rank_laplace",
+        "functional_laplace",
+        "sampled_laplace",
         "mean_field_vi",
         "pathfinder",
         "map",
@@ -468,6 +507,22 @@ def test_tempered_laplace_is_exact(name, field, value):
     posterior = heated(name, field, value)
     torch.testing.assert_close(posterior.mean_theta, mean, rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(posterior.gaussian.covariance(), covariance, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize(("field", "value"), TEMPERATURES)
+def test_tempered_functional_laplace_has_the_tempered_covariance(field, value):
+    mean, covariance = tempered_truth(field, value)
+    posterior = heated("functional_laplace", field, value)
+    torch.testing.assert_close(posterior.mean_theta, mean, rtol=MODE, atol=MODE)
+    torch.testing.assert_close(posterior.gaussian.covariance(), covariance, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize(("field", "value"), TEMPERATURES)
+def test_tempered_sampled_laplace_has_the_tempered_covariance(field, value):
+    mean, covariance = tempered_truth(field, value)
+    posterior = heated("sampled_laplace", field, value)
+    torch.testing.assert_close(posterior.mean_theta, mean, rtol=MODE, atol=MODE)
+    assert_independent_covariance(posterior.deviations, covariance)
 
 
 @pytest.mark.parametrize(("field", "value"), TEMPERATURES)

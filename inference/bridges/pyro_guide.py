@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.backend import Backend, Run, check_integer, check_positive
-from inference.errors import NonFiniteError
+from inference.errors import NonFiniteError, UnsupportedModelError
 from inference.posterior import DrawsPosterior, Posterior
 from inference.target import Target
 from inference.tracing import isolated
@@ -120,6 +120,11 @@ class PyroGuideVI(Backend):
 
 def conditioned_model(target: Target) -> Any:
     """The model with the sites that a restricted target fixes held at their values."""
+    if target.entries is not None:
+        raise UnsupportedModelError(
+            "Pyro's own guides and kernels move whole sites, not single entries of them; give `Subset` site name "
+            "patterns, or choose another backend"
+        )
     free = {s.name for s in target.sites}
     fixed = target.at if target.at is not None else torch.zeros(target.full_dim, dtype=target.dtype)
     values = {s.name: s.constrain(fixed[s.start : s.stop]) for s in target.all_sites if s.name not in free}

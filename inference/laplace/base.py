@@ -9,8 +9,8 @@ with H a curvature of the negative log likelihood summed over the data and A the
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ Notes = list[str]
 
 _MAX_HESSIAN_DIM = 5_000
 # Of the Newton decrement per parameter: a root mean square distance to the mode of 0.3 posterior standard deviations.
-_MAX_DECREMENT = 0.1
+MAX_DECREMENT = 0.1
 _MAX_SAMPLED_LOSS = 0.5
+_RECORDED_DATA = 1024
+_KEPT_BYTES = 256 * 2**20
 _CHECK_DRAWS = 16
 
 
@@ -97,7 +99,7 @@ class Laplace(Backend):
         evidence = log_density - float(gaussian.log_prob(gaussian.loc)) if untempered else None
         if self.predictive == "sampled":
             _check_sampled_predictive(target, gaussian, run)
-        return GaussianPosterior(
+        posterior = GaussianPosterior(
             target,
             gaussian,
             backend=self,
@@ -105,6 +107,41 @@ class Laplace(Backend):
             log_evidence=evidence,
             linearized=self.predictive == "linearized",
         )
+        posterior.curvature = run.curvature
+        return posterior
+
+    def likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> Any:
+        """Take the curvature of the likelihood alone, not tempered, in the form of the backend.
+
+        Args:
+            target: The target.
+            theta: Where, shape (P,).
+            run: The fit in progress.
+
+        Raises:
+            NotImplementedError: Where a backend has no such form.
+        """
+        raise NotImplementedError
+
+    def kept_curvature(self, target: Target, theta: Tensor, run: Run) -> Any:
+        """As `likelihood_curvature`, kept for the posterior, whose prior may be chosen anew, unless it is large.
+
+        Args:
+            target: The target.
+            theta: Where, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            The curvature.
+        """
+        found = self.likelihood_curvature(target, theta, run)
+        run.curvature = found if _size(found) <= _KEPT_BYTES else None
+        return found
+
+    @property
+    def batch_size(self) -> int | None:
+        """Data that the model is recorded for: those of a step of ``start``; without one, no pass takes all data."""
+        return _RECORDED_DATA if self.start is None else self.start.batch_size
 
     @property
     def has_evidence(self) -> bool:
@@ -163,7 +200,7 @@ class Laplace(Backend):
             "gradient_norm": float(gradient.norm()),
             "newton_decrement": decrement,
         }
-        if not decrement <= _MAX_DECREMENT * target.dim:
+        if not decrement <= MAX_DECREMENT * target.dim:
             run.warn(
                 ApproximationWarning,
                 f"not at a mode: the Newton decrement g^T (H + A)^-1 g is {decrement:.3g} instead of 0 (weights are "
@@ -219,6 +256,15 @@ def _check_sampled_predictive(target: Target, gaussian: FlatGaussian, run: Run) 
             f"draws from this Gaussian fit the training data worse than the mode by {loss:.3g} nats per datum; "
             'predictive="linearized" does not have this problem',
         )
+
+
+def _size(curvature: Any) -> int:
+    """Bytes of the tensors in a curvature."""
+    if isinstance(curvature, Tensor):
+        return curvature.numel() * curvature.element_size()
+    if is_dataclass(curvature):
+        return sum(_size(getattr(curvature, f.name)) for f in fields(curvature))
+    return sum(_size(part) for part in curvature) if isinstance(curvature, (list, tuple)) else 0
 
 
 def sites_of(target: Target, entries: Tensor) -> list[str]:

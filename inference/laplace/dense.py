@@ -43,7 +43,7 @@ class DenseLaplace(NewtonLaplace):
         Raises:
             ValueError: If the precision is not positive definite.
         """
-        likelihood, notes = self._likelihood_curvature(target, theta, run)
+        likelihood, notes = self.kept_curvature(target, theta, run)
         likelihood = likelihood / target.likelihood_temperature
         prior = hessians.prior_precision(target, theta)
         factor, failed = torch.linalg.cholesky_ex(_plus(likelihood, prior))
@@ -64,7 +64,17 @@ class DenseLaplace(NewtonLaplace):
         super()._check_target(target)
         require_structure(target, "DenseLaplace")
 
-    def _likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
+    def likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
+        """Take the curvature of the likelihood alone, not tempered.
+
+        Args:
+            target: The target.
+            theta: Where, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            H, shape (P, P), float64, and what had to be clipped.
+        """
         with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
             if self.curvature == "ggn":
                 run.count(num_outputs(target, theta, target.x))

@@ -40,7 +40,7 @@ class DiagonalLaplace(Laplace):
         Raises:
             ValueError: If an entry of the precision is not positive.
         """
-        likelihood, notes = self._likelihood_curvature(target, theta, run)
+        likelihood, notes = self.kept_curvature(target, theta, run)
         likelihood = likelihood / target.likelihood_temperature
         prior = hessians.prior_precision_diagonal(target, theta)
         precision = likelihood + prior
@@ -61,7 +61,17 @@ class DiagonalLaplace(Laplace):
         scale = (precision / target.temperature).rsqrt().to(target.dtype)
         return DiagonalGaussian(theta, scale), notes
 
-    def _likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
+    def likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> tuple[Tensor, Notes]:
+        """Take the diagonal of the likelihood's curvature, not tempered.
+
+        Args:
+            target: The target.
+            theta: Where, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            The diagonal of H, shape (P,), float64, and what had to be clipped.
+        """
         with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
             if self.curvature == "ggn":
                 run.count(num_outputs(target, theta, target.x))

@@ -79,16 +79,7 @@ class KroneckerLaplace(NewtonLaplace):
         Returns:
             The Gaussian, and what had to be left out.
         """
-        with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
-            run.count(num_outputs(target, theta, target.x) if self.curvature == "ggn" else 1)
-            curvature = kronecker_curvature(
-                target,
-                theta,
-                y=self._labels(target, theta, run),
-                labels=self.curvature != "ggn",
-                sharing=self.sharing,
-                advance=bar.advance,
-            )
+        curvature = self.kept_curvature(target, theta, run)
         prior, exact = hessians.prior_diagonal(target, theta)
         notes = [] if exact else ["the prior couples entries of theta: its curvature between them is left out"]
         negative = int((prior < 0).sum())
@@ -97,9 +88,47 @@ class KroneckerLaplace(NewtonLaplace):
         if len(curvature.entries):
             names = ", ".join(sites_of(target, curvature.entries))
             notes.append(f"sites outside the layers have a diagonal covariance (the exact GGN's): {names}")
-        blocks = [*self._layers(target, curvature, prior.clamp(min=0), notes)]
-        blocks += self._others(target, curvature, prior.clamp(min=0))
-        return KroneckerGaussian(theta, tuple(_cast(block, target.dtype) for block in blocks)), notes
+        return self.assemble(target, theta, curvature, prior.clamp(min=0), notes), notes
+
+    def assemble(
+        self, target: Target, theta: Tensor, curvature: KroneckerCurvature, prior: Tensor, notes: Notes
+    ) -> KroneckerGaussian:
+        """Add a prior precision to a curvature and invert.
+
+        Args:
+            target: The tempered target.
+            theta: The mode, shape (P,).
+            curvature: Factors of the likelihood's curvature.
+            prior: Prior precisions, none negative, shape (P,).
+            notes: What had to be done to the prior is added here.
+
+        Returns:
+            The Gaussian.
+        """
+        blocks = [*self._layers(target, curvature, prior, notes), *self._others(target, curvature, prior)]
+        return KroneckerGaussian(theta, tuple(_cast(block, target.dtype) for block in blocks))
+
+    def likelihood_curvature(self, target: Target, theta: Tensor, run: Run) -> KroneckerCurvature:
+        """Take the factors of the likelihood's curvature, not tempered.
+
+        Args:
+            target: The target.
+            theta: Where, shape (P,).
+            run: The fit in progress.
+
+        Returns:
+            The factors, in float64.
+        """
+        with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
+            run.count(num_outputs(target, theta, target.x) if self.curvature == "ggn" else 1)
+            return kronecker_curvature(
+                target,
+                theta,
+                y=self._labels(target, theta, run),
+                labels=self.curvature != "ggn",
+                sharing=self.sharing,
+                advance=bar.advance,
+            )
 
     def _check_target(self, target: Target) -> None:
         super()._check_target(target)

@@ -28,6 +28,8 @@ Energy = Callable[[Tensor], tuple[Tensor, Tensor]]
 Approximation = TypeVar("Approximation", bound=FlatGaussian)
 # Newton decrement in nats.
 _ROUNDING = 1e-9
+# Fewer data than these a call are dominated by its overhead.
+_FEWEST_ROWS = 64
 
 
 def find_mode(target: Target, run: Run, start: MAP | None, polish_steps: int) -> Tensor:
@@ -74,7 +76,9 @@ def energy_of(target: Target, run: Run, *, compared: bool = True) -> Energy:
     precise = in_double(target) if compared else target
     size = max(1, CHUNK_BYTES // (3 * floats_per_datum(target, 0) * precise.dtype.itemsize))
     if size < target.num_data and not target.programs.traced.local_sites:
-        return _chunked_energy(precise, run, even(target.num_data, size))
+        recorded = target.recorded_rows
+        reused = _FEWEST_ROWS <= recorded <= size
+        return _chunked_energy(precise, run, recorded if reused else even(target.num_data, size))
     program = precise.log_density_and_grad(1)
 
     def energy(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +99,8 @@ def _chunked_energy(target: Target, run: Run, size: int) -> Energy:
             prior = log_prior(point)
             (gradient,) = torch.autograd.grad(prior, point)
             total = prior.detach().double()
-            for rows in data.chunks(target.num_data, size):
-                each = target.log_likelihood(point, data.index(target.x, rows), target.y[rows])
+            for rows, skip in data.full_chunks(target.num_data, size):
+                each = target.log_likelihood(point, data.index(target.x, rows), target.y[rows])[skip:]
                 part = each.double().sum() / target.likelihood_temperature
                 gradient = gradient + torch.autograd.grad(part, point)[0]
                 total = total + part.detach()

@@ -19,7 +19,7 @@ from inference.mcmc.low_rank import CAPACITY
 from inference.mcmc.mass import initial_metric
 from inference.mcmc.metrics import MASS_MATRICES, MassMatrix
 from inference.mcmc.recording import Recorder
-from inference.mcmc.workers import Job, Outcome, run_in_workers
+from inference.mcmc.workers import Job, Outcome, portable_density, run_in_workers
 from inference.posterior import DrawsPosterior, GaussianPosterior
 from inference.target import Target
 
@@ -192,25 +192,15 @@ _DTYPES = {"diverging": torch.bool, "tree_depth": torch.int64, "n_steps": torch.
 
 
 def precise_log_density(target: Target) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The tempered log density with its sum over the data in float64.
-
-    Acceptance needs differences well below 1 nat of energies of 1e4 to 1e6, which float32 sums do not carry.
+    """The tempered log density with its sums in float64, and the tensors that it reads besides theta.
 
     Args:
         target: The target.
 
     Returns:
-        Function of theta (P,) and tensors, giving () nats in float64; and the tensors.
+        See :func:`~inference.mcmc.workers.portable_density`; and the leaves of the data.
     """
-    leaves, spec = pytree.tree_flatten((target.x, target.y))
-
-    def log_density(theta: Tensor, *leaves: Tensor) -> Tensor:
-        x, y = pytree.tree_unflatten(list(leaves), spec)
-        prior, likelihood = target.programs.joint(target.expand(theta), x, y)
-        tempered = likelihood.double().sum() / target.likelihood_temperature
-        return (prior.double() + tempered) / target.temperature
-
-    return log_density, tuple(leaves)
+    return portable_density(target), tuple(pytree.tree_leaves((target.x, target.y)))
 
 
 @torch.no_grad()

@@ -129,7 +129,8 @@ def leapfrog_program(
     """Record one leapfrog of all chains.
 
     Args:
-        log_density: Function of theta (P,) and ``data``, giving () nats; float64 if energies need it.
+        log_density: Function of theta (P,) and ``data``, giving () nats; float64 if energies need it. If it has a dict
+            ``recorded``, programs are looked for and left there.
         block: Example of the chains' state, (4, C, P).
         inverse_mass: Example, (C, P) or (C, P, P).
         data: Tensors handed to ``log_density``.
@@ -173,5 +174,6 @@ def leapfrog_program(
 
     slots = block.new_zeros(2, block.shape[1], num_slots, block.shape[2])
     steps = block.new_zeros(block.shape[1])
-    captured = hot(step, block, steps, inverse_mass, slots, *data, compile=compile, num_calls=num_calls)
+    options = {"compile": compile, "num_calls": num_calls, "recorded": getattr(log_density, "recorded", None)}
+    captured = hot(step, block, steps, inverse_mass, slots, *data, **options)
     return LeapfrogProgram(captured, data, num_slots)

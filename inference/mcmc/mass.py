@@ -34,8 +34,9 @@ def initial_metric(mass_matrix: MassMatrix | GaussianPosterior, target: Target, 
     if isinstance(mass_matrix, GaussianPosterior):
         mass_matrix.starting_points(1, 0, [(s.name, s.shape) for s in target.all_sites])
         own, free = ([s.name for s in t.sites] for t in (mass_matrix.target, target))
-        if own != free:
-            raise ValueError(f"`mass_matrix` is a posterior of the sites {own}, but the chains move {free}")
+        if own != free or mass_matrix.target.kept != target.kept:
+            other = "" if own != free else ", other entries of them"
+            raise ValueError(f"`mass_matrix` is a posterior of the sites {own}, but the chains move {free}{other}")
         return metric_of(mass_matrix.gaussian, like)
     if mass_matrix == "prior":
         return Metric.fixed("diagonal", prior_variances(target).to(like))

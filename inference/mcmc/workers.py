@@ -25,7 +25,8 @@ from torch import Tensor, fx
 
 from inference.backend import Bar
 from inference.data import shapes
-from inference.graph import CompileOption, capture
+from inference.double import with_precise_prior
+from inference.graph import Captured, CompileOption, capture
 from inference.mcmc.chain import Observer, Schedule
 from inference.mcmc.chains import Ensemble, Interrupts
 from inference.mcmc.checkpoint import Checkpoint
@@ -225,20 +226,26 @@ def run_in_workers(
 
 
 def portable_density(target: Target) -> Callable[..., Tensor]:
-    """The density of :func:`~inference.mcmc.hamiltonian.precise_log_density` without the model.
+    """The tempered log density as a recorded graph, without the model, with its sums in float64.
+
+    Acceptance needs differences well below 1 nat of energies of 1e4 to 1e6, which float32 sums do not carry.
 
     Args:
         target: The target.
 
     Returns:
-        Function of theta (P,) and the leaves of the data.
+        Function of theta (P,) and the leaves of the data, giving () nats in float64. Its ``recorded`` holds what chains
+        record of it, for the next fit.
     """
     zero = torch.zeros(target.dim, dtype=target.dtype, device=target.device)
     target.log_density(zero)  # records the joint density if nobody has
     key = ("joint", shapes((target.x, target.y)), target.device)
-    joint = target.programs.cache[key].module
+    joint = with_precise_prior(target.programs.cache[key].module)
     expand = None if target.kept is None else Portable(target.expand, zero)
-    return _Density(_Graph(joint), expand, target.likelihood_temperature, target.temperature)
+    temperatures = target.likelihood_temperature, target.temperature
+    # What is fixed in a restricted target is in its graph, so that one is recorded afresh.
+    recorded = {} if target.kept is not None else target.programs.steps.setdefault((*key, *temperatures), {})
+    return _Density(_Graph(joint), expand, *temperatures, recorded)
 
 
 @dataclass(frozen=True)
@@ -247,6 +254,10 @@ class _Density:
     expand: Portable | None
     likelihood_temperature: float
     temperature: float
+    recorded: dict[Any, Captured]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "recorded": {}}  # compiled code stays in its process
 
     def __call__(self, theta: Tensor, *leaves: Tensor) -> Tensor:
         full = theta if self.expand is None else self.expand(theta)

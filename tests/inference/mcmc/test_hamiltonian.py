@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference import graph
 from inference.backend import Bar
 from inference.errors import ConvergenceWarning, DivergenceWarning, NonFiniteError
 from inference.mcmc import HMC, MCLMC, NUTS, ChEESHMC
@@ -167,9 +169,9 @@ def test_an_interrupt_during_warmup_says_how_far_it_came(monkeypatch: pytest.Mon
 def test_a_time_limit_returns_the_draws_so_far() -> None:
     x, y = data()
     with pytest.warns(ConvergenceWarning, match="max_seconds=0.3 ended the run"):
-        posterior = HMC(
-            num_samples=10**5, warmup_steps=0, num_chains=2, step_size=0.1, max_seconds=0.3
-        ).fit(linear, x, y, seed=0)
+        posterior = HMC(num_samples=10**5, warmup_steps=0, num_chains=2, step_size=0.1, max_seconds=0.3).fit(
+            linear, x, y, seed=0
+        )
     assert 1 <= posterior.draws.shape[1] < 10**5
 
 
@@ -324,3 +326,27 @@ def test_nuts_and_hmc_agree_on_the_predictions_of_a_network() -> None:
             moments.append((mean.numpy(), mean.numpy() / z_scores(values, torch.zeros(100))))
     for (a, error_a), (b, error_b) in ((moments[0], moments[2]), (moments[1], moments[3])):
         assert np.abs((a - b) / np.sqrt(error_a**2 + error_b**2)).max() < 4
+
+
+def test_a_second_fit_to_a_target_records_no_second_leapfrog(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, original = [], graph.capture
+
+    def capture(fn: Any, *example: Any, **options: Any) -> graph.Captured:
+        recorded.append(fn)
+        return original(fn, *example, **options)
+
+    monkeypatch.setattr(graph, "capture", capture)
+    x, generator = torch.randn(12, 2, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 12, generator=generator)
+    sampler = NUTS(num_samples=8, warmup_steps=8, num_chains=2, compile=False, progress=False)
+    target = compile_target(linear, x, first)
+    sampler.fit_to(target, seed=0)
+    num = len(recorded)
+    assert num > 0
+    found = sampler.fit_to(replace(target, y=second), seed=0)
+    assert len(recorded) == num
+    assert torch.equal(found.draws, sampler.fit_to(compile_target(linear, x, second), seed=0).draws)
+    num = len(recorded)
+    replace(sampler, temperature=2.0).fit_to(target, seed=0)
+    replace(sampler, num_chains=3).fit_to(target, seed=0)
+    assert len(recorded) == num + 2

@@ -16,7 +16,7 @@ from inference.target import compile_target
 from tests.inference.mcmc.sampling import HMC, CorrelatedGaussian, draws_of, ensemble, transitions, z_scores
 from tests.inference.mcmc.test_hamiltonian import conjugate, data, linear
 
-TINY: dict[str, Any] = {"num_samples": 1, "warmup_steps": 0, "num_chains": 1, "step_size": 0.1, "compile": False}
+TINY: dict[str, Any] = {"num_samples": 4, "warmup_steps": 0, "num_chains": 2, "step_size": 0.1, "compile": False}
 
 
 @pytest.mark.parametrize("mass_matrix", ["diagonal", "dense", "identity"])

@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import threading
 from functools import cache
@@ -15,7 +16,7 @@ from inference.backend import Bar
 from inference.errors import ConvergenceWarning, NonFiniteError
 from inference.mcmc import HMC, NUTS, workers
 from inference.mcmc.hamiltonian import precise_log_density
-from inference.mcmc.workers import Portable, portable_density
+from inference.mcmc.workers import Portable
 from inference.posterior import DrawsPosterior
 from inference.target import Target, compile_target
 from tests.inference.mcmc.sampling import data
@@ -58,7 +59,9 @@ def test_a_density_travels_as_its_graph() -> None:
     for each in (full, full.restrict("weight", torch.tensor([0.1, 0.2, 0.3]))):
         density, tensors = precise_log_density(each)
         theta = torch.linspace(-1, 1, each.dim)
-        assert torch.equal(portable_density(each)(theta, *tensors), density(theta, *tensors))
+        travelled = pickle.loads(pickle.dumps(density))
+        assert torch.equal(travelled(theta, *tensors), density(theta, *tensors))
+        torch.testing.assert_close(density(theta, *tensors), each.log_density(theta), rtol=1e-12, atol=0)
     doubled = Portable(lambda a, b: (a + b, a * b), torch.ones(2), torch.ones(2))
     assert [v.tolist() for v in doubled(torch.ones(2), torch.full((2,), 3.0))] == [[4.0, 4.0], [3.0, 3.0]]
 

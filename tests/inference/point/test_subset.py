@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnn_models import bayesianize, likelihoods
 from inference.averaging import SWAG
 from inference.backend import Backend
 from inference.ensembles import DeepEnsemble
@@ -158,6 +159,14 @@ def test_without_a_rest_the_fixed_sites_come_from_init() -> None:
     torch.testing.assert_close(posterior.mean_theta, mean, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"takes the fixed sites from `init`, but none was given"):
         backend.fit(two_parts, x, y)
+
+
+def test_without_a_rest_a_trained_network_supplies_the_fixed_sites_itself() -> None:
+    x, y = data()
+    net = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    model = bayesianize(net, likelihood=likelihoods.Normal(0.5))
+    posterior = Subset(DenseLaplace(), sites="2.*", rest=None).fit(model, x, y)
+    assert torch.equal(posterior.sample_sites(1)["0.weight"][0], net[0].weight)
 
 
 def test_several_patterns_choose_their_union() -> None:
