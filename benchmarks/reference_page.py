@@ -143,9 +143,7 @@ def expectations(records: Sequence[dict[str, Any]]) -> list[Expectation]:
         found.append(Expectation(f"{name}: chains agree at 95 % of the test inputs", verdict))
     ensembles = [r for r in records if r["backend"] == "deep_ensemble"]
     if ensembles:
-        found.append(
-            _against(ensembles, "deep_ensemble", DEEP_ENSEMBLE_5, lambda value, sd: value - sd / math.sqrt(20))
-        )
+        found.append(_against(ensembles, "deep_ensemble", DEEP_ENSEMBLE_5, _less_one_error))
     return found
 
 

@@ -24,6 +24,7 @@ from inference.graph import CompileOption, hot
 from inference.kronecker import score
 from inference.mixtures import Params
 from inference.observation import LikelihoodFamily
+from inference.taps import activation_sizes
 from inference.target import Target
 
 _CHUNK_BYTES = 256 * 2**20
@@ -206,15 +207,8 @@ def rows_together(target: Target, num: int, chunk_bytes: int = _CHUNK_BYTES) -> 
     total = target.num_data
     if target.programs.traced.local_sites:
         return total
-    graph = target.recorded().graph
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    reads_data, sizes = set(inputs[1:]), []
-    for node in graph.nodes:
-        if node.op == "call_function" and not reads_data.isdisjoint(node.all_input_nodes):
-            reads_data.add(node)
-            value = node.meta.get("val")
-            sizes.append(value.numel() if isinstance(value, Tensor) else 0)
-    floats = max(1.0, sum(sizes) * (1 + _ALIVE * num) / total)
+    sizes, rows = activation_sizes(target)
+    floats = (sum(sizes.values()) + _ALIVE * num * max(sizes.values(), default=1)) / rows
     return max(1, min(total, int(chunk_bytes / (floats * target.dtype.itemsize))))
 
 

@@ -300,6 +300,26 @@ def num_outputs(target: Target, theta: Tensor, x: data.Tree) -> int:
     return sum(by_name[name].numel() // by_name[name].shape[0] for name in family.eta_names)
 
 
+def activation_sizes(target: Target) -> tuple[dict[str, int], int]:
+    """Sizes of the results that depend on the data in a forward pass.
+
+    Args:
+        target: The model.
+
+    Returns:
+        Numbers of entries by name of the node, and the number of data that they belong to.
+    """
+    graph = target.recorded_any().graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    reads_data, numel = set(inputs[1:]), {}
+    for node in graph.nodes:
+        if node.op == "call_function" and not reads_data.isdisjoint(node.all_input_nodes):
+            reads_data.add(node)
+            value = node.meta.get("val")
+            numel[node.name] = value.numel() if isinstance(value, Tensor) else 0
+    return numel, target.recorded_rows
+
+
 def floats_per_datum(target: Target, columns: int, matrices: int = 0) -> int:
     """Numbers held for one datum by a forward pass, its layers' inputs and ``columns`` of their output gradients.
 
@@ -311,14 +331,7 @@ def floats_per_datum(target: Target, columns: int, matrices: int = 0) -> int:
     Returns:
         Number of floats.
     """
-    graph, total = target.recorded_any().graph, target.recorded_rows
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    reads_data, numel = set(inputs[1:]), {}
-    for node in graph.nodes:
-        if node.op == "call_function" and not reads_data.isdisjoint(node.all_input_nodes):
-            reads_data.add(node)
-            value = node.meta.get("val")
-            numel[node.name] = value.numel() if isinstance(value, Tensor) else 0
+    numel, total = activation_sizes(target)
     floats = sum(numel.values())
     for layer in target.layers:
         out = numel.get(layer.node, 0)

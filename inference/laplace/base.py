@@ -19,7 +19,7 @@ from inference.backend import Backend, Run, check_integer
 from inference.curvature import sampled_labels
 from inference.distributions import FlatGaussian
 from inference.errors import ApproximationWarning
-from inference.laplace.mode import Energy, energy_of, find_mode, newton
+from inference.laplace.mode import Energy, energy_of, find_mode, newton, report_mode
 from inference.point import MAP
 from inference.posterior import GaussianPosterior
 from inference.taps import few
@@ -29,8 +29,6 @@ Notes = list[str]
 """What an approximation had to do to a curvature, in words for a warning."""
 
 _MAX_HESSIAN_DIM = 5_000
-# Of the Newton decrement per parameter: a root mean square distance to the mode of 0.3 posterior standard deviations.
-MAX_DECREMENT = 0.1
 _MAX_SAMPLED_LOSS = 0.5
 _RECORDED_DATA = 1024
 _KEPT_BYTES = 256 * 2**20
@@ -94,7 +92,7 @@ class Laplace(Backend):
         gaussian, notes = self.refine(target, mode, energy, run)
         for note in notes:
             run.warn(ApproximationWarning, note)
-        log_density = self._check_mode(target, gaussian, energy, run)
+        log_density = self.check_mode(target, gaussian, energy, run)
         untempered = target.temperature == 1 and target.likelihood_temperature == 1 and self.has_evidence
         evidence = log_density - float(gaussian.log_prob(gaussian.loc)) if untempered else None
         if self.predictive == "sampled":
@@ -191,23 +189,21 @@ class Laplace(Backend):
             # A likelihood without a closed form is refused before the work, not after.
             _ = target.family(few(target, target.x)).eta_names
 
-    def _check_mode(self, target: Target, gaussian: FlatGaussian, energy: Energy, run: Run) -> float:
-        # The log density at the mode. How far from one it is goes to the record, and to a warning where it matters.
+    def check_mode(self, target: Target, gaussian: FlatGaussian, energy: Energy, run: Run) -> float:
+        """Say how far from a mode the Gaussian's mean is.
+
+        Args:
+            target: The tempered target.
+            gaussian: The Gaussian.
+            energy: Log density and gradient.
+            run: Keeps the figures, and a warning where they matter.
+
+        Returns:
+            The log density there, nats.
+        """
         value, gradient = energy(gaussian.loc)
         decrement = float(gradient @ gaussian.covariance_times(gradient))
-        run.info.extra |= {
-            "log_density_at_mode": float(value),
-            "gradient_norm": float(gradient.norm()),
-            "newton_decrement": decrement,
-        }
-        if not decrement <= MAX_DECREMENT * target.dim:
-            run.warn(
-                ApproximationWarning,
-                f"not at a mode: the Newton decrement g^T (H + A)^-1 g is {decrement:.3g} instead of 0 (weights are "
-                f"off by {(decrement / target.dim) ** 0.5:.2g} posterior standard deviations, root mean square) and "
-                f"the gradient norm {gradient.norm():.3g}; covariance and evidence assume a mode: raise `start`'s "
-                "num_steps or `polish_steps`, or give another `init`",
-            )
+        report_mode(run, float(value), gradient, decrement, "covariance and evidence assume a mode")
         return float(value)
 
 

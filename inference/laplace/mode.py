@@ -15,6 +15,7 @@ from inference import data
 from inference.backend import Run
 from inference.distributions import FlatGaussian
 from inference.double import in_double
+from inference.errors import ApproximationWarning
 from inference.hessians import prior_alone
 from inference.jacobians import CHUNK_BYTES
 from inference.optimisation import polish
@@ -28,6 +29,8 @@ Energy = Callable[[Tensor], tuple[Tensor, Tensor]]
 Approximation = TypeVar("Approximation", bound=FlatGaussian)
 # Newton decrement in nats.
 _ROUNDING = 1e-9
+# Of the Newton decrement per parameter: a root mean square distance to the mode of 0.3 posterior standard deviations.
+_MAX_DECREMENT = 0.1
 # Fewer data than these a call are dominated by its overhead.
 _FEWEST_ROWS = 64
 
@@ -107,6 +110,28 @@ def _chunked_energy(target: Target, run: Run, size: int) -> Energy:
         return total / target.temperature, gradient.to(theta.dtype) / target.temperature
 
     return energy
+
+
+def report_mode(run: Run, value: float, gradient: Tensor, decrement: float, consequence: str) -> None:
+    r"""Record how far from a mode a point is, and warn where it matters.
+
+    Args:
+        run: The fit in progress.
+        value: Log density there, nats.
+        gradient: Its gradient, (P,).
+        decrement: Newton decrement :math:`g^\top (H + A)^{-1} g`, nats.
+        consequence: What a mode is needed for, for the warning.
+    """
+    dim, norm = len(gradient), float(gradient.norm())
+    run.info.extra |= {"log_density_at_mode": value, "gradient_norm": norm, "newton_decrement": decrement}
+    if not decrement <= _MAX_DECREMENT * dim:
+        run.warn(
+            ApproximationWarning,
+            f"not at a mode: the Newton decrement g^T (H + A)^-1 g is {decrement:.3g} instead of 0 (weights are "
+            f"off by {(decrement / dim) ** 0.5:.2g} posterior standard deviations, root mean square) and "
+            f"the gradient norm {norm:.3g}; {consequence}: raise `start`'s num_steps or `polish_steps`, or give "
+            "another `init`",
+        )
 
 
 def newton(

@@ -210,7 +210,7 @@ class _Search:
             converged=None,
         )
         made = tuned.posterior
-        structure._check_mode(made.target, made.gaussian, energy_of(made.target, self.run, compared=False), self.run)
+        structure.check_mode(made.target, made.gaussian, energy_of(made.target, self.run, compared=False), self.run)
         made.info.extra |= self.run.info.extra
         return tuned
 

@@ -25,9 +25,9 @@ from inference.curvature import ggn_diagonal
 from inference.errors import ApproximationWarning, ConvergenceWarning
 from inference.hessians import prior_diagonal
 from inference.kronecker import require_curved
-from inference.laplace.base import MAX_DECREMENT, site_of
+from inference.laplace.base import site_of
 from inference.laplace.em import Learnt, learn
-from inference.laplace.mode import energy_of, find_mode
+from inference.laplace.mode import energy_of, find_mode, report_mode
 from inference.laplace.prior_groups import Groups, Scaling, declared_prior, group_weights
 from inference.laplace.sample_then_optimise import SampleThenOptimise, SolverOptions
 from inference.linear_model import LinearModel
@@ -198,17 +198,7 @@ class SampledLaplace(Backend):
         gradient = gradient * target.temperature
         step = sampler.solve(gradient[None], torch.zeros_like(gradient)[None], prior)[0]
         decrement = float(gradient @ step) / target.temperature
-        run.info.extra |= {
-            "log_density_at_mode": float(value),
-            "gradient_norm": float(gradient.norm()) / target.temperature,
-            "newton_decrement": decrement,
-        }
-        if not decrement <= MAX_DECREMENT * target.dim:
-            run.warn(
-                ApproximationWarning,
-                f"not at a mode: the Newton decrement g^T (H + A)^-1 g is {decrement:.3g} instead of 0; the draws are "
-                "those around a mode: raise `start`'s num_steps or `polish_steps`, or give another `init`",
-            )
+        report_mode(run, float(value), gradient / target.temperature, decrement, "the draws are those around a mode")
 
     def _learn(
         self, target: Target, mode: Tensor, sampler: SampleThenOptimise, run: Run

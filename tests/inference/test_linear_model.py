@@ -6,7 +6,8 @@ import torch
 from inference.curvature import ggn
 from inference.jacobians import eta_and_jacobian
 from inference.linear_model import LinearModel, rows_together
-from tests.networks import network
+from inference.target import compile_target
+from tests.networks import HAND_WRITTEN, network
 from tests.tolerances import z_limit
 
 NETWORKS = ["by_hand", "learnt_noise", "resnet", "shared_weight"]
@@ -44,6 +45,14 @@ def test_more_vectors_make_smaller_chunks():
     target, _ = network("resnet")
     size = 100_000
     assert 1 <= rows_together(target, 64, size) < rows_together(target, 1, size) <= target.num_data
+
+
+def test_sizing_the_chunks_records_no_graph_of_all_data():
+    whole, _ = network("by_hand")
+    target = compile_target(HAND_WRITTEN["by_hand"], whole.x, whole.y, batch_size=2)
+    assert rows_together(target, 3) == rows_together(whole, 3)
+    assert target.recorded_rows == 2
+    assert sum(key[0] == "joint" for key in target.programs.cache) == 1
 
 
 def test_minibatches_of_the_curvature_average_to_it():

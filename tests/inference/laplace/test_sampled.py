@@ -223,3 +223,14 @@ def test_memory_grows_as_draws_times_parameters():
         assert peak < 14 * size + 300e6
     (small, small_size), (large, large_size) = peaks[400, 8], peaks[800, 32]
     assert (large - small) / (large_size - small_size) < 14
+
+
+def test_a_prior_that_couples_weights_is_said_to_lose_it():
+    def coupled(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(ApproximationWarning, match="the prior couples entries of theta"):
+        SampledLaplace(num_samples=2, start=START, **QUIET).fit(coupled, x, x.sum(-1))
