@@ -32,8 +32,8 @@ def velocity(inverse_mass: Tensor, momentum: Tensor) -> Tensor:
     r"""Velocity, :math:`M^{-1} p`.
 
     Args:
-        inverse_mass: Diagonal (..., P), dense (..., P, P), or a diagonal d beside factors A and B of R columns each,
-            (..., P, 1 + 2 R) for :math:`\mathrm{diag}(d) + A B^\top`; the number of columns tells them apart.
+        inverse_mass: Diagonal (..., P), dense (..., P, P), or a diagonal d above factors A and B of R rows each,
+            (..., 1 + 2 R, P) for :math:`\mathrm{diag}(d) + A^\top B`; the number of rows tells them apart.
         momentum: (..., P).
 
     Returns:
@@ -41,12 +41,13 @@ def velocity(inverse_mass: Tensor, momentum: Tensor) -> Tensor:
     """
     if inverse_mass.dim() == momentum.dim():
         return inverse_mass * momentum
-    column = momentum.unsqueeze(-1)
     if inverse_mass.shape[-1] == inverse_mass.shape[-2]:
-        return (inverse_mass @ column).squeeze(-1)
-    rank = inverse_mass.shape[-1] // 2
-    diagonal, left, right = inverse_mass.split([1, rank, rank], -1)
-    return (diagonal * column + left @ (right.mT @ column)).squeeze(-1)
+        return (inverse_mass @ momentum.unsqueeze(-1)).squeeze(-1)
+    rank = inverse_mass.shape[-2] // 2
+    diagonal, left, right = inverse_mass.split([1, rank, rank], -2)
+    # Factors lie row by row: as columns the same products took a third of a whole leapfrog of a small network.
+    row = momentum.unsqueeze(-2)
+    return (diagonal * row + (row @ right.mT) @ left).squeeze(-2)
 
 
 def leapfrog(
@@ -99,7 +100,7 @@ class LeapfrogProgram:
         Args:
             block: Position, momentum, gradient and sum of momenta before this step, (4, C, P).
             step_size: Signed step size of each chain, (C,).
-            inverse_mass: (C, P) or (C, P, P).
+            inverse_mass: As :func:`velocity` takes it, (C, ...).
             slots: Velocity :math:`v_k` of stored points and sum of momenta before them :math:`s_k`, (2, C, K, P).
 
         Returns:
@@ -132,7 +133,7 @@ def leapfrog_program(
         log_density: Function of theta (P,) and ``data``, giving () nats; float64 if energies need it. If it has a dict
             ``recorded``, programs are looked for and left there.
         block: Example of the chains' state, (4, C, P).
-        inverse_mass: Example, (C, P) or (C, P, P).
+        inverse_mass: Example, as :func:`velocity` takes it, (C, ...).
         data: Tensors handed to ``log_density``.
         num_slots: Number K of stored points to check U-turns against.
         compile: See :func:`inference.graph.hot`.

@@ -52,24 +52,24 @@ class LowRankEstimator:
         self.rows = list(tensors["rows"].to(self.like).unbind(0))
 
     def regularised(self, dtype: torch.dtype) -> Tensor:
-        """The inverse mass as the columns that :class:`~inference.mcmc.metrics.Metric` holds.
+        """The inverse mass as the rows that :class:`~inference.mcmc.metrics.Metric` holds.
 
         Args:
             dtype: Floating dtype of the result.
 
         Returns:
-            (P, 1 + 2 R); not finite where draws or gradients are not.
+            (1 + 2 R, P); not finite where draws or gradients are not.
         """
         rows = torch.stack(self.rows).double()
         draws, gradients = rows[:, 0] - rows[:, 0].mean(0), rows[:, 1] - rows[:, 1].mean(0)  # (n, P)
         scale = (draws.square().mean(0) / gradients.square().mean(0)).pow(0.25).clamp(1e-10, 1e10)
-        packed = draws.new_zeros(draws.shape[1], 1 + 2 * self.rank)
-        packed[:, 0] = scale.square()
+        packed = draws.new_zeros(1 + 2 * self.rank, draws.shape[1])
+        packed[0] = scale.square()
         if self.rank and torch.isfinite(scale).all():
             basis, eigenvalues = correction(draws / scale, gradients * scale, self.rank)
             kept = basis.shape[1]
-            packed[:, 1 : 1 + kept] = scale[:, None] * basis * (eigenvalues - 1)
-            packed[:, 1 + self.rank : 1 + self.rank + kept] = scale[:, None] * basis
+            packed[1 : 1 + kept] = (scale[:, None] * basis * (eigenvalues - 1)).mT
+            packed[1 + self.rank : 1 + self.rank + kept] = (scale[:, None] * basis).mT
         return packed.to(dtype)
 
 

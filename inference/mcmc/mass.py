@@ -59,8 +59,8 @@ def metric_of(gaussian: FlatGaussian, like: Tensor) -> Metric:
         gaussian = from_factor(gaussian.loc, gaussian.cov_diag, gaussian.cov_factor)
     if isinstance(gaussian, SpectralGaussian) and 2 * gaussian.basis.shape[1] + 1 < gaussian.dim:
         scaled = gaussian.scale[:, None] * gaussian.basis
-        columns = [gaussian.scale.square()[:, None], scaled * (gaussian.eigenvalues - 1), scaled]
-        return Metric.fixed("low_rank", torch.cat(columns, 1).to(like))
+        rows = [gaussian.scale.square()[None], (scaled * (gaussian.eigenvalues - 1)).mT, scaled.mT]
+        return Metric.fixed("low_rank", torch.cat(rows).to(like))
     return Metric.fixed("dense", gaussian.covariance().to(like))
 
 

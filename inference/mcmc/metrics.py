@@ -53,10 +53,10 @@ class Metric:
     Attributes:
         kind: How it is held: "identity", "diagonal", "dense" or "low_rank".
         inverse_mass: Estimated posterior variances (P,), covariance (P, P), or for "low_rank"
-            :math:`\mathrm{diag}(s)(I + U(\Lambda-I)U^\top)\mathrm{diag}(s)` as the columns
-            :math:`s^2`, :math:`sU(\Lambda-I)` and :math:`sU`, (P, 1 + 2 R).
+            :math:`\mathrm{diag}(s)(I + U(\Lambda-I)U^\top)\mathrm{diag}(s)` as the rows
+            :math:`s^2`, :math:`(sU(\Lambda-I))^\top` and :math:`(sU)^\top`, (1 + 2 R, P).
         root: What turns white noise into momenta: standard deviations (P,), a lower Cholesky factor (P, P), or the
-            columns :math:`s`, :math:`s^{-1}U(\Lambda^{-1/2}-I)` and U, (P, 1 + 2 R).
+            rows :math:`s`, :math:`(s^{-1}U(\Lambda^{-1/2}-I))^\top` and :math:`U^\top`, (1 + 2 R, P).
         adapts: Whether warm-up replaces it.
     """
 
@@ -81,8 +81,8 @@ class Metric:
         if kind == "dense":
             return cls("dense", torch.diag(ones), torch.diag(ones))
         if kind == "low_rank":
-            columns = 2 * min(rank, max(0, (like.shape[0] - 2) // 2))
-            packed = torch.cat([ones[:, None], ones.new_zeros(like.shape[0], columns)], 1)
+            rows = 2 * min(rank, max(0, (like.shape[0] - 2) // 2))
+            packed = torch.cat([ones[None], ones.new_zeros(rows, like.shape[0])])
             return cls("low_rank", packed, packed)
         return cls("identity" if kind == "identity" else "diagonal", ones, ones, kind == "diagonal")
 
@@ -118,7 +118,7 @@ class Metric:
         if self.kind == "identity" or not self.adapts:
             return None
         if self.kind == "low_rank":
-            return LowRankEstimator(self.inverse_mass.shape[1] // 2, like)
+            return LowRankEstimator(self.inverse_mass.shape[0] // 2, like)
         return CovarianceEstimator(self.kind == "dense", like)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -153,16 +153,16 @@ class Metric:
         return replace(self, inverse_mass=covariance, root=covariance.sqrt())
 
     def _with_low_rank(self, packed: Tensor) -> Metric:
-        rank = packed.shape[1] // 2
-        squared, left, right = packed.split([1, rank, rank], 1)
+        rank = packed.shape[0] // 2
+        squared, left, right = packed.split([1, rank, rank])
         if not (squared > 0).all():
             return self
         scale = squared.sqrt()
         basis = right / scale
-        eigenvalues = 1 + (basis * (left / scale)).sum(0)
+        eigenvalues = 1 + (basis * (left / scale)).sum(1, keepdim=True)
         if not (eigenvalues > 0).all():
             return self
-        root = torch.cat([scale, basis / scale * (eigenvalues.rsqrt() - 1), basis], 1)
+        root = torch.cat([scale, basis / scale * (eigenvalues.rsqrt() - 1), basis])
         return replace(self, inverse_mass=packed.contiguous(), root=root)
 
     def momentum(self, noise: Tensor) -> Tensor:
@@ -179,9 +179,9 @@ class Metric:
         if self.kind == "identity":
             return noise
         if self.kind == "low_rank":
-            rank = self.root.shape[1] // 2
-            scale, correction, basis = self.root.split([1, rank, rank], 1)
-            return noise / scale.squeeze(1) + correction @ (basis.mT @ noise)
+            rank = self.root.shape[0] // 2
+            scale, correction, basis = self.root.split([1, rank, rank])
+            return noise / scale.squeeze(0) + (basis @ noise) @ correction
         return noise / self.root
 
     def velocity(self, momentum: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from tests.inference.mcmc.sampling import CorrelatedGaussian, draws_of, ensemble
 
 def dense_covariance(metric: Metric) -> Tensor:
     """The inverse mass, column by column."""
-    return torch.stack([metric.velocity(e) for e in torch.eye(metric.root.shape[0])], 1)
+    return torch.stack([metric.velocity(e) for e in torch.eye(metric.root.shape[-1])], 1)
 
 
 def gaussians(dim: int = 7) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_low_rank_velocities_are_batched_and_differ_from_dense_ones_only_in_stor
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 21, 22, 23, 40])
 def test_a_low_rank_mass_is_never_taken_for_a_dense_one(dim: int) -> None:
     metric = Metric.identity("low_rank", torch.zeros(dim))
-    assert metric.inverse_mass.shape[1] != dim or dim == 1
+    assert metric.inverse_mass.shape[0] != dim or dim == 1
     momentum = torch.randn(2, dim)
     packed = torch.stack([metric.inverse_mass] * 2)
     torch.testing.assert_close(velocity(packed, momentum), momentum, rtol=0, atol=0)
@@ -128,7 +128,7 @@ def test_an_unusable_low_rank_estimate_leaves_the_masses() -> None:
     for _ in range(4):
         estimator.add(torch.ones(6), torch.ones(6))  # no variance at all
     assert metric.updated(estimator.regularised(torch.float64)) is metric
-    assert metric.updated(torch.full((6, 5), torch.nan)) is metric
+    assert metric.updated(torch.full((5, 6), torch.nan)) is metric
 
 
 @pytest.mark.slow
