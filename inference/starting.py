@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,7 @@ def sample_prior(target: Target, num: int, seed: int = 0) -> Tensor:
     Returns:
         (S, P).
     """
-    # two rows draw the same sites as all of them (not one, where a model's squeeze() would bite)
-    rows = slice(None) if target.programs.traced.local_sites else slice(0, 2)
+    rows = target.programs.traced.rows_of_all_sites
     values = target.programs.traced.prior_values(index(target.x, rows), target.y[rows], seed, num)
     return torch.stack([target.ravel(v) for v in values]).detach()
 
@@ -48,8 +47,11 @@ def starting_points(target: Target, num: int, seed: int, init: Any) -> Tensor:
         ValueError: If ``init`` does not fit this model.
     """
     if init is None:
+        known = target.initial_sites or {}
+        if all(site.name in known for site in target.all_sites):  # of a trained network: nothing is left to chance
+            return _with_known(target, [{}]).expand(num, -1).detach().clone()
         points = random_starts(target, num, seed)
-        return (_with_known(target, points) if target.initial_sites else points).detach()
+        return (_with_known(target, map(target.unravel, points)) if known else points).detach()
     if hasattr(init, "starting_points"):
         full = init.starting_points(num, seed, [(s.name, s.shape) for s in target.all_sites])
         return target.reduce(full).to(target.dtype).detach().clone()
@@ -105,11 +107,11 @@ def layers_of(target: Target) -> tuple[Layer, ...]:
     return find_layers(target.recorded_any(), target.all_sites)
 
 
-def _with_known(target: Target, points: Tensor) -> Tensor:
-    """The model's own starting values where it has some."""
+def _with_known(target: Target, points: Iterable[dict[str, Tensor]]) -> Tensor:
+    """Sites of each point, and the model's own starting values where it has some, (C, P)."""
     kind = {"dtype": target.dtype, "device": target.device}
     known = {k: torch.as_tensor(v, **kind) for k, v in (target.initial_sites or {}).items()}
-    return torch.stack([target.ravel({**target.unravel(p), **known}) for p in points])
+    return torch.stack([target.ravel({**point, **known}) for point in points])
 
 
 def random_stream(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:

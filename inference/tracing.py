@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
-from inference.data import Tree, num_data
+from inference.data import Tree, index, num_data
 from inference.errors import UnsupportedModelError
 from inference.refusals import (
     check_support,
@@ -175,8 +175,9 @@ class TracedModel:
             refuse_messages(first)
             if self._drawn - {self.data_plate}:  # from here on, the data plate alone covers the batch
                 first = self._record(None, None, x, y)
-            second = self._record(None, None, x, y)
-        self.sites = find_sites(first, self.data_plate)
+            self.sites = find_sites(first, self.data_plate)
+            rows = self.rows_of_all_sites
+            second = self._record(None, None, index(x, rows), y[rows])
         refuse_changes(self.sites, find_sites(second, self.data_plate))
         refuse_intractable_priors(first)
 
@@ -184,6 +185,11 @@ class TracedModel:
     def local_sites(self) -> list[str]:
         """Names of the latent sites with one value per datum."""
         return [s.name for s in self.sites if s.local]
+
+    @property
+    def rows_of_all_sites(self) -> slice:
+        """The fewest rows that draw the same sites as all: two (not one, where a model's squeeze() would bite)."""
+        return slice(None) if self.local_sites else slice(0, 2)
 
     def _record(self, values: dict[str, Tensor] | None, observed: str | None, x: Tree, y: Any) -> list[dict[str, Any]]:
         recorder = _Recorder(values, observed, self.device)

@@ -58,6 +58,18 @@ def test_r_hat_of_one_chain_is_that_of_its_halves():
     assert judge(answer)["rhat"] > 1.5
 
 
+def test_the_page_counts_differences_in_their_standard_errors(record):
+    (ours,) = record["contestants"]
+    fit = ours["fits"][0]
+    moved = fit | {"mean": [m + 3 * 2**0.5 * e for m, e in zip(fit["mean"], fit["mean_error"], strict=True)]}
+    reference = ours | {"label": page.REFERENCE, "fits": [fit]}
+    other = ours | {"label": "moved", "fits": [moved]}
+    text = page.render([record | {"contestants": [reference, other]}])
+    assert "at 10 function values" in text
+    assert "| moved | 3.0 | 0.0 |" in text
+    assert all(0 < e < sd for e, sd in zip(fit["mean_error"], fit["sd"], strict=True))
+
+
 def test_every_network_gets_the_same_depth_for_all():
     depths = {c.options["max_tree_depth"] for c in contestants("energy", False, 1) if "max_tree_depth" in c.options}
     assert depths == {6}

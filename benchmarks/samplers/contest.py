@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import environments
 from benchmarks.environments import PeerError
 from benchmarks.samplers.posteriors import Posterior
-from inference.diagnostics import ess_bulk, rhat
+from inference.diagnostics import ess_bulk, rhat, standard_errors
 
 ROOT = Path(__file__).parent.parent.parent
 PEERS = {"NumPyro NUTS": "numpyro", "BlackJAX NUTS": "blackjax", "BlackJAX MCLMC": "blackjax"}
@@ -111,10 +111,12 @@ def judge(answer: dict[str, Any]) -> dict[str, Any]:
         answer: Of :meth:`Process.fit`.
 
     Returns:
-        Seconds, gradients, effective draws and their rates, R-hat; means and standard deviations of the functions.
+        Seconds, gradients, effective draws and their rates, R-hat; means and standard deviations of the functions and
+        their Monte-Carlo standard errors.
     """
     values = answer["values"]
     ess = float(np.median(ess_bulk(values)))
+    errors = standard_errors(values)
     if len(values) == 1:  # the halves of one chain
         values = np.stack(np.split(values[0, : values.shape[1] // 2 * 2], 2))
     return {
@@ -130,4 +132,6 @@ def judge(answer: dict[str, Any]) -> dict[str, Any]:
         "rhat": float(np.quantile(rhat(values), 0.95)),
         "mean": values.mean((0, 1)).tolist(),
         "sd": values.std((0, 1)).tolist(),
+        "mean_error": errors.mean.tolist(),
+        "sd_error": errors.sd.tolist(),
     }

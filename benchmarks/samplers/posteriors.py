@@ -48,10 +48,10 @@ class Posterior:
 
 
 def network(data: str, hidden: tuple[int, ...]) -> Posterior:
-    """A tanh network with known noise on split 0 of a UCI set; priors N(0, 1/fan-in), biases N(0, 1)."""
+    """A tanh network with known noise on split 0 of a data set; priors N(0, 1/fan-in), biases N(0, 1)."""
     loaded = load(data)
     problem = Problem((loaded.num_features, *hidden, 1), loaded.x_train, loaded.y_train)
-    probes = loaded.x_test[:NUM_PROBES]
+    probes = torch.cat([loaded.x_test, loaded.x_train])[:NUM_PROBES]
     names = [name for name, _ in problem.sites]
 
     def functions(sites: Sites) -> Tensor:
@@ -64,7 +64,7 @@ def network(data: str, hidden: tuple[int, ...]) -> Posterior:
         "sizes": np.array(problem.sizes),
         "noise": np.array(NOISE),
     }
-    return Posterior(f"{problem.name}, UCI {data}", "mlp", arrays, problem.ours(), functions, problem.pyro_model())
+    return Posterior(f"{problem.name}, {data}", "mlp", arrays, problem.ours(), functions, problem.pyro_model())
 
 
 def logistic() -> Posterior:
@@ -123,6 +123,7 @@ POSTERIORS: dict[str, Callable[[], Posterior]] = {
     "energy": lambda: network("energy", (50,)),
     "energy_deep": lambda: network("energy", (50, 50)),
     "boston": lambda: network("boston", (50,)),
+    "gap": lambda: network("gap", (50,)),
     "logistic": logistic,
     "schools": schools,
     "gaussian": gaussian,

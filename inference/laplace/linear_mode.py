@@ -35,6 +35,7 @@ from inference.errors import ConvergenceWarning
 from inference.laplace.log_evidence import LaplaceEvidence, fixed_curvature, laplace_backend, laplace_evidence
 from inference.laplace.noise import require_noise
 from inference.laplace.prior_groups import Groups, Scaling
+from inference.laplace.solvers import conjugate_gradients
 from inference.laplace.tuned import TunedPrior, tuned_prior
 from inference.laplace.tuning import maximise, warn_of_ends
 from inference.linear_model import LinearModel
@@ -47,7 +48,7 @@ _MOVED, _GAINED = 1e-7, 1e-9
 _ROUNDING = 1e-9  # of a Newton decrement, in nats
 _MAX_NEWTON, _MAX_CG, _SMALLEST_STEP = 50, 1000, 1e-9
 # Of the dtype's rounding: a relative residual of 1e-10 in float64, in the preconditioner's norm.
-_CG_POWER = 1.28
+_CG_POWER = 0.64
 
 
 def tune_at_linear_mode(
@@ -222,7 +223,14 @@ def linear_mode(
         value = _height(model, theta, eta, mean, precision, tau)
         gradient = tau * model.score(eta) - precision * (theta - mean)
         params = model.params_at(eta)
-        step = _solve(lambda v, at=params: tau * model.gram(v[None], at)[0] + precision * v, gradient, precondition)
+        # The preconditioner is a matrix of its own: near the solution from the first step.
+        step = conjugate_gradients(
+            lambda v, at=params: tau * model.gram(v, at) + precision * v,
+            gradient[None],
+            lambda v: precondition(v[0])[None],
+            max_steps=_MAX_CG,
+            tolerance=torch.finfo(theta.dtype).eps ** _CG_POWER,
+        ).z[0]
         moved, scale = model.push(step[None])[0], 1.0
         if float(gradient @ step) <= max(_ROUNDING, torch.finfo(theta.dtype).eps * abs(value)):
             return theta + step, eta + moved  # the gain cannot be told from rounding, but the step can be taken
@@ -237,24 +245,6 @@ def linear_mode(
 def _height(model: LinearModel, theta: Tensor, eta: Tensor, mean: Tensor, precision: Tensor, tau: float) -> float:
     prior = 0.5 * float((precision.double() * (theta - mean).double().square()).sum())
     return tau * model.log_likelihood(eta) - prior
-
-
-def _solve(product: Callable[[Tensor], Tensor], right: Tensor, precondition: Callable[[Tensor], Tensor]) -> Tensor:
-    """Conjugate gradients with a preconditioner that is a matrix of its own: near the solution from the first step."""
-    solution, residual = torch.zeros_like(right), right
-    direction = preconditioned = precondition(residual)
-    size = float(residual @ preconditioned)
-    enough = size * torch.finfo(right.dtype).eps ** _CG_POWER
-    for _ in range(_MAX_CG):
-        if not size > enough:
-            break
-        pushed = product(direction)
-        length = size / float(direction @ pushed)
-        solution, residual = solution + length * direction, residual - length * pushed
-        preconditioned = precondition(residual)
-        size, before = float(residual @ preconditioned), size
-        direction = preconditioned + size / before * direction
-    return solution
 
 
 @dataclass(frozen=True)

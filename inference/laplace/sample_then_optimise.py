@@ -178,8 +178,8 @@ class SampleThenOptimise:
             solution = conjugate_gradients(
                 product,
                 rhs,
-                start,
-                precision,
+                lambda vectors: vectors / precision,
+                start=start,
                 max_steps=options.num_steps,
                 tolerance=options.tolerance,
                 scale=scale,

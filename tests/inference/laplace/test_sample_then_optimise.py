@@ -161,7 +161,7 @@ def test_conjugate_gradients_solve_systems_of_different_difficulty_together():
     matrix = root @ root.T + torch.eye(6)
     rhs = torch.stack([torch.zeros(6), matrix[0], torch.randn(6, generator=generator)])
     found = conjugate_gradients(
-        lambda v: v @ matrix, rhs, torch.zeros_like(rhs), matrix.diagonal(), max_steps=50, tolerance=1e-12
+        lambda v: v @ matrix, rhs, lambda v: v / matrix.diagonal(), max_steps=50, tolerance=1e-12
     )
     torch.testing.assert_close(found.z, torch.linalg.solve(matrix, rhs.T).T, rtol=1e-9, atol=1e-9)
     assert found.residual <= 1e-12
@@ -171,13 +171,25 @@ def test_conjugate_gradients_solve_systems_of_different_difficulty_together():
 def test_conjugate_gradients_that_are_cut_short_say_so():
     matrix = torch.linspace(1.0, 1e4, 50).diag()
     rhs = torch.ones(1, 50)
-    found = conjugate_gradients(
-        lambda v: v @ matrix, rhs, torch.zeros_like(rhs), torch.ones(50), max_steps=3, tolerance=1e-10
-    )
+    found = conjugate_gradients(lambda v: v @ matrix, rhs, lambda v: v, max_steps=3, tolerance=1e-10)
     assert found.num_steps == 3
     left = rhs - found.z @ matrix
     assert found.residual == pytest.approx(float(left.norm() / rhs.norm()))
     assert found.residual > 1e-3
+
+
+def test_conjugate_gradients_with_the_inverse_as_preconditioner_need_one_step():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator)
+    matrix = root @ root.T + torch.eye(6)
+    rhs, start = torch.randn(2, 6, generator=generator), torch.randn(2, 6, generator=generator)
+    inverse = torch.linalg.inv(matrix)
+    for first in (None, start):
+        found = conjugate_gradients(
+            lambda v: v @ matrix, rhs, lambda v: v @ inverse, start=first, max_steps=9, tolerance=1e-10
+        )
+        assert found.num_steps == 1
+        torch.testing.assert_close(found.z, torch.linalg.solve(matrix, rhs.T).T, rtol=1e-9, atol=1e-9)
 
 
 def test_averaged_descent_solves_a_quadratic_whose_batches_differ():
