@@ -373,7 +373,7 @@ def compile_target(
         ValueError: If the data are empty, not finite or misshapen.
     """
     x, y, loaded = check_data(x, y)
-    traced = TracedModel(model, x, y, floating_dtype((x, y)))
+    traced = TracedModel(model, x, y, floating_dtype((x, y)), batch_size=batch_size or loaded)
     programs = Programs(traced)
     own: Any = getattr(model, "initial_sites", None)
     own = own() if callable(own) else own

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from inference.data import Tree, index, num_data
 from inference.errors import UnsupportedModelError
+from inference.observation import unwrap
 from inference.refusals import (
     check_support,
     find_observed,
@@ -33,9 +35,12 @@ from inference.refusals import (
     refuse_messages,
     refuse_mutating_modules,
 )
-from inference.sites import data_frame, find_data_plate, find_sites
+from inference.sites import Site, data_frame, find_data_plate, find_sites
 
 Model = Callable[..., Any]
+
+# A prime, which is no layer's width: the plate of this size is the data's.
+_FEW_ROWS = 61
 
 _DECISION = (
     "the model takes a Python decision on a latent value or on the data (`if`, `float()`, `.item()`, "
@@ -154,12 +159,14 @@ class TracedModel:
         x: Inputs, every leaf of shape (N, ...).
         y: Targets, (N, ...).
         dtype: Floating dtype of theta.
+        batch_size: Data per step, for which the model has to run; None for all. With fewer than all, the sites are
+            looked for on a few rows, where that says as much: a forward pass of all data may need much memory.
 
     Raises:
         UnsupportedModelError: If the model cannot be compiled.
     """
 
-    def __init__(self, model: Model, x: Tree, y: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, x: Tree, y: Tensor, dtype: torch.dtype, *, batch_size: int | None = None) -> None:
         self.model = model
         self.dtype = dtype
         self.device = y.device
@@ -167,19 +174,41 @@ class TracedModel:
         self.data_plate: str | None = None
         refuse_mutating_modules(model)
         with isolated(dtype, self.device), torch.no_grad():
-            first = self._record(None, None, x, y)
-            message = find_observed(first)
-            self.observed: str = message["name"]
-            self.data_plate = find_data_plate(message, self.num_data, y.dim())
-            check_support(message)
-            refuse_messages(first)
-            if self._drawn - {self.data_plate}:  # from here on, the data plate alone covers the batch
-                first = self._record(None, None, x, y)
-            self.sites = find_sites(first, self.data_plate)
+            first = None
+            if min(self.num_data, batch_size or 0) > _FEW_ROWS:
+                first = self._discovered_on_few(x, y)
+            first = first or self._discovered(x, y, y)
             rows = self.rows_of_all_sites
             second = self._record(None, None, index(x, rows), y[rows])
         refuse_changes(self.sites, find_sites(second, self.data_plate))
         refuse_intractable_priors(first)
+
+    def _discovered(self, x: Tree, y: Tensor, all_y: Tensor) -> list[dict[str, Any]]:
+        """Messages of a first run on some rows, after it has found the sites and checked all targets."""
+        self.data_plate = None
+        first = self._record(None, None, x, y)
+        message = find_observed(first)
+        self.observed: str = message["name"]
+        self.data_plate = find_data_plate(message, num_data(x), y.dim())
+        check_support(message if all_y is y else {**message, "value": all_y})
+        refuse_messages(first)
+        if self._drawn - {self.data_plate}:  # from here on, the data plate alone covers the batch
+            first = self._record(None, None, x, y)
+        self.sites: tuple[Site, ...] = find_sites(first, self.data_plate)
+        return first
+
+    def _discovered_on_few(self, x: Tree, y: Tensor) -> list[dict[str, Any]] | None:
+        """The same on a few rows; None where only all rows can tell."""
+        few = slice(0, _FEW_ROWS)
+        some = y[few]
+        try:
+            first = self._discovered(index(x, few), some, y)
+        except Exception:  # whatever is wrong, the run on all rows says it about all rows
+            return None
+        message = find_observed(first)
+        # The support was checked only if the model observes y as it is, and if the support is the same for every row.
+        whole = message["value"] is some and not isinstance(unwrap(message["fn"])[0], dist.Binomial)
+        return first if whole and not self.local_sites else None
 
     @property
     def local_sites(self) -> list[str]:

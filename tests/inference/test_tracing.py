@@ -325,3 +325,51 @@ def test_class_labels_beyond_the_number_of_classes_are_refused() -> None:
 
     with pytest.raises(ValueError, match="outside the support"):
         compile_target(labels, torch.zeros(2, 1), torch.tensor([0, 3]))
+
+
+def counting(seen: list[int], likelihood: Callable[[Tensor], Any], size: int | None = None) -> Callable[..., None]:
+    """A linear model of 500 rows that notes how many rows each run takes."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        seen.append(len(x))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", size or len(x)):
+            pyro.sample("y", likelihood(x @ w), obs=y)
+
+    return model
+
+
+def test_sites_are_found_without_a_pass_over_all_data_where_steps_take_fewer() -> None:
+    seen: list[int] = []
+    x, y = torch.randn(500, 2), torch.ones(500)
+    target = compile_target(counting(seen, lambda eta: dist.Bernoulli(logits=eta)), x, y, batch_size=100)
+    assert max(seen) == 100
+    theta = torch.randn(2)
+    torch.testing.assert_close(
+        target.log_likelihood(theta).sum(), dist.Bernoulli(logits=x @ theta).log_prob(y).sum(), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_a_target_outside_the_support_is_found_beyond_the_first_rows() -> None:
+    y = torch.ones(500)
+    y[400] = 2.0
+    with pytest.raises(ValueError, match="first at row 400"):
+        compile_target(counting([], lambda eta: dist.Bernoulli(logits=eta)), torch.randn(500, 2), y, batch_size=100)
+
+
+def test_all_rows_are_looked_at_where_a_few_do_not_tell() -> None:
+    seen: list[int] = []
+    x = torch.randn(500, 2)
+    totals = torch.full((500,), 3.0)
+
+    def counts(eta: Tensor) -> Any:
+        return dist.Binomial(totals[: len(eta)], logits=eta)
+
+    compile_target(counting(seen, counts), x, torch.ones(500), batch_size=100)
+    assert max(seen) == 500
+    totals[400] = 0.0
+    with pytest.raises(ValueError, match="first at row 400"):
+        compile_target(counting([], counts), x, torch.ones(500), batch_size=100)
+    seen.clear()
+    compile_target(counting(seen, lambda eta: dist.Normal(eta, 1.0), size=500), x, torch.ones(500), batch_size=100)
+    assert max(seen) == 500
