@@ -1,6 +1,7 @@
 """NUTS as the reference on UCI data: ten minutes of four chains each, so only in the slow stage."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -11,9 +12,11 @@ from bnn_models import MLP, likelihoods, priors
 from bnn_zoo.data import load
 from inference import MAP, NUTS
 
-# Reached on two shared cores: share of test inputs with R-hat < 1.1 and test NLL against MAP's, in original units.
-# concrete 100 % (3.06 against 3.35), energy 97 % (0.32 against 0.56), yacht 84 % (-0.49 against 1.33; with a faster
-# leapfrog than the other two had).
+SHORT: dict[str, Any] = {"max_tree_depth": 9}
+STIFF: dict[str, Any] = {"max_tree_depth": 12, "mass_matrix": "low_rank", "num_workers": 2}
+# Reached on two shared cores: share of test inputs with R-hat < 1.1, and test NLL against MAP's, in original units:
+# concrete 103 of 103 (3.06 against 3.35), energy 75 of 77 (0.32 against 0.56), yacht 29 of 31 (-0.43 against 1.33).
+SETTINGS = {"concrete": SHORT, "energy": SHORT, "yacht": STIFF}
 MIXES = {"concrete": True, "energy": True, "yacht": False}
 
 
@@ -31,9 +34,8 @@ def test_ten_minutes_of_nuts_beat_map_and_mix_or_say_that_they_do_not(name: str)
     mode = MAP().fit(model, data.x_train, data.y_train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # stopped by its time limit, and at its greatest depth: both are meant
-        posterior = NUTS(
-            num_samples=2000, warmup_steps=300, num_chains=4, max_tree_depth=9 if MIXES[name] else 10, max_seconds=560
-        ).fit(model, data.x_train, data.y_train, seed=0)
+        sampler = NUTS(num_samples=6000, warmup_steps=300, num_chains=4, max_seconds=560, **SETTINGS[name])
+        posterior = sampler.fit(model, data.x_train, data.y_train, seed=0)
     gain = posterior.predict(data.x_test).log_prob(data.y_test) - mode.predict(data.x_test).log_prob(data.y_test)
     assert float(gain.mean()) > 0.1
     found = posterior.diagnose(data.x_test)
