@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.samplers import page
-from benchmarks.samplers.__main__ import contestants, main
+from benchmarks.samplers.__main__ import contestants, main, merged
 from benchmarks.samplers.contest import judge
 from benchmarks.samplers.posteriors import POSTERIORS
 from inference import compile_target
@@ -70,14 +70,24 @@ def test_the_page_counts_differences_in_their_standard_errors(record):
     assert all(0 < e < sd for e, sd in zip(fit["mean_error"], fit["sd"], strict=True))
 
 
+def test_contestants_that_are_measured_later_are_added_and_named(record):
+    (ours,) = record["contestants"]
+    other, again = ours | {"label": "other"}, ours | {"fits": ours["fits"][:1]}
+    before = record | {"contestants": [ours, other], "not_run": {ours["label"]: "stopped"}, "note": "Quiet."}
+    after = merged(before, record | {"contestants": [again], "note": ""})
+    assert [(c["label"], len(c["fits"])) for c in after["contestants"]] == [("other", 2), ("NUTS, 1 chains", 1)]
+    assert after["not_run"] == {}
+    assert after["note"] == "Quiet. Measured in a run of their own, not in turn with the others: NUTS, 1 chains."
+
+
 def test_every_network_gets_the_same_depth_for_all():
-    depths = {c.options["max_tree_depth"] for c in contestants("energy", False, 1) if "max_tree_depth" in c.options}
-    assert depths == {6}
+    line_up = [c for c in contestants("energy", False, 1) if c.label != page.LONG_REFERENCE]
+    assert {c.options["max_tree_depth"] for c in line_up if "max_tree_depth" in c.options} == {6}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nonsense"], "no posterior 'nonsense'"), (["--quick"], "need --out"), (["--fits", "0"], "at least 1")],
+    [(["nonsense"], "no posterior 'nonsense'"), (["--quick"], "needs --out"), (["--fits", "0"], "at least 1")],
 )
 def test_a_wrong_argument_is_named(arguments, message, capsys):
     with pytest.raises(SystemExit):

@@ -57,6 +57,8 @@ def contestants(name: str, quick: bool, fits: int) -> list[Contestant]:
     if name in ("energy", "gap"):  # where samplers are held to agree
         steps = {"num_chains": 4, "num_samples": draws // 2, "warmup_steps": draws // 2, "max_leapfrogs": 200}
         found.append(Contestant("HMC, 4 chains", "HMC", steps, fits))
+        deeper = {"num_chains": 4, "num_samples": draws // 2, "warmup_steps": draws // 2, "max_tree_depth": 9}
+        found.append(Contestant(page.LONG_REFERENCE, "NumPyro NUTS", deeper, 1))
     if name not in ("energy_deep", "gap"):
         found.append(Contestant("Pyro NUTS, 1 chain", "Pyro NUTS", nuts | {"num_chains": 1}, 1))
     return found
@@ -114,13 +116,39 @@ def measure(name: str, line_up: Sequence[Contestant], threads: int) -> dict[str,
     }
 
 
+def merged(record: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """A record with contestants of a later run, which replace their namesakes.
+
+    Args:
+        record: What there was.
+        later: What was measured now, by itself.
+
+    Returns:
+        Both, with a note that says which were measured by themselves.
+    """
+    labels = [c["label"] for c in later["contestants"]]
+    kept = [c for c in record["contestants"] if c["label"] not in labels]
+    note = f"Measured in a run of their own, not in turn with the others: {'; '.join(labels)}."
+    return record | {
+        "contestants": kept + later["contestants"],
+        "not_run": {k: v for k, v in record["not_run"].items() if k not in labels} | later["not_run"],
+        "note": " ".join(part for part in (record["note"], note if labels else "", later["note"]) if part),
+        "seconds": record["seconds"] + later["seconds"],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write one file for each posterior, and the page unless it is a trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("posteriors", nargs="*", metavar="POSTERIOR", help=f"some of {', '.join(POSTERIORS)}")
     parser.add_argument("--fits", type=int, default=3, help="fits of each contestant (3)")
     parser.add_argument("--threads", type=int, default=1, help="threads for each contestant (1)")
-    parser.add_argument("--only", nargs="+", default=[], help="contestants whose label contains one of these")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="contestants whose label contains one of these; they are added to the record",
+    )
     parser.add_argument("--note", default="", help="what a reader should know of this run, for the page")
     parser.add_argument("--out", type=Path, help="folder of the JSON files (benchmarks/results/samplers)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, our NUTS alone; needs --out")
@@ -130,8 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no posterior {unknown[0]!r}; there are {', '.join(POSTERIORS)}")
     if options.fits < 1 or options.threads < 1:
         parser.error("--fits and --threads must be at least 1")
-    if (options.quick or options.only) and options.out is None:
-        parser.error("--quick and --only need --out: their figures must not replace the real ones")
+    if options.quick and options.out is None:
+        parser.error("--quick needs --out: its figures must not replace the real ones")
     folder = options.out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.posteriors or POSTERIORS:
@@ -142,8 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not options.only or any(part in c.label for part in options.only)
         ]
         record = measure(name, line_up, options.threads) | {"note": options.note}
-        suffix = "" if options.threads == 1 else f"_{options.threads}_threads"
-        (folder / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
+        path = folder / f"{name}{'' if options.threads == 1 else f'_{options.threads}_threads'}.json"
+        if options.only and path.exists():
+            record = merged(json.loads(path.read_text()), record)
+        path.write_text(json.dumps(record, indent=1) + "\n")
     if folder == RESULTS:
         page.main([])
 
