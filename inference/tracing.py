@@ -178,9 +178,7 @@ class TracedModel:
             if min(self.num_data, batch_size or 0) > _FEW_ROWS:
                 first = self._discovered_on_few(x, y)
             first = first or self._discovered(x, y, y)
-            rows = self.rows_of_all_sites
-            second = self._record(None, None, index(x, rows), y[rows])
-        refuse_changes(self.sites, find_sites(second, self.data_plate))
+            self.rows_of_all_sites = self._compared(x, y)
         refuse_intractable_priors(first)
 
     def _discovered(self, x: Tree, y: Tensor, all_y: Tensor) -> list[dict[str, Any]]:
@@ -215,10 +213,19 @@ class TracedModel:
         """Names of the latent sites with one value per datum."""
         return [s.name for s in self.sites if s.local]
 
-    @property
-    def rows_of_all_sites(self) -> slice:
-        """The fewest rows that draw the same sites as all: two (not one, where a model's squeeze() would bite)."""
-        return slice(None) if self.local_sites else slice(0, 2)
+    def _compared(self, x: Tree, y: Tensor) -> slice:
+        """Compare the sites with those of other runs; the fewest rows that draw them all."""
+        two = slice(0, 2)  # not one, where a model's squeeze() would bite
+        try:
+            again = find_sites(self._record(None, None, index(x, two), y[two]), self.data_plate)
+        except Exception:
+            again = ()  # the model may hold an array of all N rows
+        if not self.local_sites and [(s.name, s.shape) for s in again] == [(s.name, s.shape) for s in self.sites]:
+            refuse_changes(self.sites, again)
+            return two
+        for _ in range(2):  # sites may come and go in turn
+            refuse_changes(self.sites, find_sites(self._record(None, None, x, y), self.data_plate))
+        return slice(None)
 
     def _record(self, values: dict[str, Tensor] | None, observed: str | None, x: Tree, y: Any) -> list[dict[str, Any]]:
         recorder = _Recorder(values, observed, self.device)

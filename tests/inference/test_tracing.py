@@ -373,3 +373,23 @@ def test_all_rows_are_looked_at_where_a_few_do_not_tell() -> None:
     seen.clear()
     compile_target(counting(seen, lambda eta: dist.Normal(eta, 1.0), size=500), x, torch.ones(500), batch_size=100)
     assert max(seen) == 500
+
+
+def test_models_that_hold_an_array_of_all_rows_start_from_their_priors() -> None:
+    group, x, y = torch.arange(20) % 4, torch.randn(20, 1), torch.randn(20)
+
+    def varying_intercepts(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("groups", 4):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(a[group] + x[:, 0], 1.0), obs=y)
+
+    def latent_function(x: Tensor, y: Tensor | None = None) -> None:
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(len(x)), torch.eye(len(x))))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+    for model, dim in ((varying_intercepts, 4), (latent_function, 20)):
+        target = compile_target(model, x, y)
+        assert target.initial(3).shape == (3, dim)
+        assert target.log_density(target.initial(1)[0]).isfinite()
