@@ -15,7 +15,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Fit:
 
     Attributes:
         data: Name of the data set.
-        split: Number of the standard split.
+        split: Number of the standard split, or "gap0", "gap1", ... for a gap split.
         name: Name of the backend on the command line.
         backend: The backend with its settings.
         spec: The network and its prior.
@@ -63,7 +63,7 @@ class Fit:
     """
 
     data: str
-    split: int
+    split: int | str
     name: str
     backend: Backend
     spec: ModelSpec
@@ -116,7 +116,35 @@ def run(fit: Fit) -> dict[str, Any]:
     """
     data = load(fit.data, split=fit.split)
     model = fit.spec.build(data)
-    record: dict[str, Any] = {
+    record = heading(fit, data)
+    began, load_before = time.perf_counter(), os.getloadavg()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kept in the record: the limit in seconds is meant to end the run
+        init = chain_start(fit, model, data)
+        record["start"] = "its own" if init is None else f"{init.backend!r}"
+        record["start_seconds"] = round(time.perf_counter() - began, 1)
+        try:
+            posterior = fit.backend.fit(model, data.x_train, data.y_train, seed=fit.seed, init=init)
+        except TimeoutError as error:
+            return record | {"failed": str(error)}
+    record |= costs(posterior, load_before)
+    scores = evaluate(posterior, data).scores
+    record["scores"] = {name: number(scores[name]) for name in SCORES}
+    record["mixing"] = mixing(posterior, data)
+    return record
+
+
+def heading(fit: Fit, data: Dataset) -> dict[str, Any]:
+    """What was fitted to what, by which program.
+
+    Args:
+        fit: What is to be done.
+        data: Its data set.
+
+    Returns:
+        The first part of a record.
+    """
+    return {
         "format": FORMAT,
         "data": fit.data,
         "split": fit.split,
@@ -128,30 +156,38 @@ def run(fit: Fit) -> dict[str, Any]:
         "seed": fit.seed,
         "environment": environments.record(),
     }
-    began, load_before = time.perf_counter(), os.getloadavg()[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # kept in the record: the limit in seconds is meant to end the run
-        init = _start(fit, model, data)
-        record["start"] = "its own" if init is None else f"{init.backend!r}"
-        record["start_seconds"] = round(time.perf_counter() - began, 1)
-        try:
-            posterior = fit.backend.fit(model, data.x_train, data.y_train, seed=fit.seed, init=init)
-        except TimeoutError as error:
-            return record | {"failed": str(error)}
-    record |= {
+
+
+def costs(posterior: Posterior, load_before: float) -> dict[str, Any]:
+    """What a fit took, and what it warned of.
+
+    Args:
+        posterior: What came of it.
+        load_before: Runnable processes of the machine before it.
+
+    Returns:
+        A part of a record.
+    """
+    return {
         "seconds": round(posterior.info.seconds, 1),
         "gradients": round(posterior.info.gradients),
         # Others may have used the machine: the seconds are then worth less than they look.
         "load": [round(load_before, 1), round(os.getloadavg()[0], 1)],
         "warnings": posterior.info.warnings,
     }
-    scores = evaluate(posterior, data).scores
-    record["scores"] = {name: _number(scores[name]) for name in SCORES}
-    record["mixing"] = _mixing(posterior, data)
-    return record
 
 
-def _start(fit: Fit, model: Any, data: Dataset) -> Posterior | None:
+def chain_start(fit: Fit, model: Any, data: Dataset) -> Posterior | None:
+    """Where the chains of a fit start.
+
+    Args:
+        fit: What is to be done.
+        model: Its model.
+        data: Its data set.
+
+    Returns:
+        One network for each chain; None where there are no chains, or they start at random.
+    """
     chains = getattr(fit.backend, "num_chains", None)
     if fit.start == "random" or chains is None:
         return None
@@ -159,22 +195,52 @@ def _start(fit: Fit, model: Any, data: Dataset) -> Posterior | None:
     return ensemble.fit(model, data.x_train, data.y_train, seed=fit.seed)
 
 
-def _mixing(posterior: Posterior, data: Dataset) -> dict[str, Any] | None:
-    """How far the chains agree at the test inputs; None where there are no chains."""
+def mixing(posterior: Posterior, data: Dataset) -> dict[str, Any] | None:
+    """How far the chains agree at the test inputs.
+
+    Args:
+        posterior: The posterior.
+        data: The data set.
+
+    Returns:
+        Figures of convergence; None where there are no chains.
+    """
     if not isinstance(posterior, DrawsPosterior) or "chains" not in posterior.backend.capabilities:
         return None
     found = posterior.diagnose(data.x_test)
     rhat = found.rhat_functions
-    figures = {name: _number(value) for name, value in found.summary().items() if not isinstance(value, str)}
+    figures = {name: number(value) for name, value in found.summary().items() if not isinstance(value, str)}
     return figures | {
         "chains": posterior.draws.shape[0],
         "draws": posterior.draws.shape[1],
-        "share_below_1.1": _number(float(np.mean(rhat < 1.1))) if np.isfinite(rhat).any() else None,
+        "share_below_1.1": number(float(np.mean(rhat < 1.1))) if np.isfinite(rhat).any() else None,
     }
 
 
-def _number(value: float | int | None) -> float | None:
+def number(value: float | int | None) -> float | None:
+    """A figure to five digits, as records hold it; None for what is not finite."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.5g}")
+
+
+def make_missing(fits: Sequence[Fit], folder: Path, make: Callable[[Fit], dict[str, Any]]) -> None:
+    """Write the records that are not there yet.
+
+    Args:
+        fits: All that are wanted.
+        folder: Of the records; made if it is not there.
+        make: Makes one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, fit in enumerate(fits, 1):
+        path = folder / fit.file_name
+        if path.exists():
+            continue
+        print(f"{place}/{len(fits)} {fit.file_name}", flush=True)
+        record = make(fit)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(path)  # a record is there whole or not at all
+        print(f"  {record.get('failed') or record['scores']}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -201,17 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UsageError, ValueError) as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number, fit in enumerate(fits, 1):
-        path = options.out / fit.file_name
-        if path.exists():
-            continue
-        print(f"{number}/{len(fits)} {fit.file_name}", flush=True)
-        record = run(fit)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
-        unfinished.replace(path)  # a record is there whole or not at all
-        print(f"  {record.get('failed') or record['scores']}", flush=True)
+    make_missing(fits, options.out, run)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,11 @@ def _data_set(data: str, records: Sequence[dict[str, Any]]) -> str:
         mixed = [r["mixing"]["share_below_1.1"] for r in mine if r["mixing"]]
         cells = (
             name,
-            _spread([-r["scores"]["nll"] for r in mine], 3),
-            _spread([r["scores"]["rmse"] for r in mine], 3),
-            _spread([r["scores"]["coverage_50"] for r in mine], 2),
-            _spread([r["scores"]["coverage_90"] for r in mine], 2),
-            _spread(mixed, 2) if mixed and None not in mixed else "",
+            spread([-r["scores"]["nll"] for r in mine], 3),
+            spread([r["scores"]["rmse"] for r in mine], 3),
+            spread([r["scores"]["coverage_50"] for r in mine], 2),
+            spread([r["scores"]["coverage_90"] for r in mine], 2),
+            spread(mixed, 2) if mixed and None not in mixed else "",
             ", ".join(str(r["split"]) for r in sorted(mine, key=lambda r: r["split"])),
             f"{mean(r['gradients'] for r in mine) / 1000:,.0f}",
             f"{mean(r['seconds'] for r in mine):,.0f}",
@@ -104,7 +104,7 @@ def _data_set(data: str, records: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard error, to some digits."""
     error = f" ± {stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{error}"
@@ -193,14 +193,15 @@ def _how(records: Sequence[dict[str, Any]]) -> list[str]:
     lines += [f"- Chains start at the members of `{start}`." for start in starts]
     models = sorted({f"{r['model']['activation']}, prior `{r['model']['prior']}`" for r in records})
     lines += [f"- Units: {model}; noise: HalfNormal(1) prior on its standard deviation." for model in models]
-    environments = sorted({_environment(r["environment"]) for r in records})
-    lines += [f"- {environment}." for environment in environments]
+    environments = sorted({environment(r["environment"]) for r in records})
+    lines += [f"- {text}." for text in environments]
     busiest = max((max(r["load"]) for r in records if "load" in r), default=0.0)
     lines += [f"- Load of the machine while these ran: up to {busiest:g} runnable processes; seconds say little.", ""]
     return lines
 
 
-def _environment(env: dict[str, Any]) -> str:
+def environment(env: dict[str, Any]) -> str:
+    """Processor and versions of a record, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     return f"{env['processor']}, {env['threads']} thread, Python {env['python']}, {versions}"
 

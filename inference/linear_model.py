@@ -208,7 +208,7 @@ def rows_together(target: Target, num: int, chunk_bytes: int = _CHUNK_BYTES) -> 
     if target.programs.traced.local_sites:
         return total
     sizes, rows = activation_sizes(target)
-    floats = (sum(sizes.values()) + _ALIVE * num * max(sizes.values(), default=1)) / rows
+    floats = max(1.0, sum(sizes.values()) * (1 + _ALIVE * num) / rows)
     return max(1, min(total, int(chunk_bytes / (floats * target.dtype.itemsize))))
 
 

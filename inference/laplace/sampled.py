@@ -41,6 +41,8 @@ from inference.target import Target
 _SAMPLE_GROUPS, _SCALINGS = ("all", "site"), ("declared", "g_prior")
 # The relative residual at which draws are no longer called draws.
 _LOOSE = 0.1
+# Standard errors by which draws may seem to spread farther than the prior.
+_MAX_ERRORS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,7 @@ class SampledLaplace(Backend):
             found, learnt = self._learn(target, mode, sampler, run)
             noise_factor, precision, z = found.noise_factor, found.precision, found.z
         self._report(target, sampler, precision, run)
+        self._check_spread(z, precision, run)
         return LinearisedDrawsPosterior(
             target,
             mode,
@@ -215,6 +218,22 @@ class SampledLaplace(Backend):
             "em_history": found.history,
         }
         return found, tuple(site.name for site in prior.sites)
+
+    def _check_spread(self, z: Tensor, precision: Tensor, run: Run) -> None:
+        # E z^T A z = P - gamma, and data never determine fewer than no parameters: more is an error of the solver. It
+        # is what minibatches have for a residual, and costs no pass over the data.
+        squares = (z.double().square() * precision.double()).sum(-1)
+        determined = z.shape[1] - float(squares.mean())
+        error = z.shape[1] * (2 / (z.shape[1] * len(z))) ** 0.5
+        run.info.extra["determined_parameters"] = determined
+        if not determined >= -_MAX_ERRORS * error:
+            run.warn(
+                ConvergenceWarning,
+                f"the draws spread farther than the prior allows: {determined:.4g} parameters determined by the data, "
+                f"where there are none or more (Monte-Carlo error {error:.2g}): the systems were not solved, and with "
+                "`em_rounds` precisions learnt from them are wrong; raise `num_steps` or `batch_size`, or lower "
+                "`step_size`",
+            )
 
     def _report(self, target: Target, sampler: SampleThenOptimise, precision: Tensor, run: Run) -> None:
         # A site's precision is one number, or the geometric mean of several.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bnn_models import MLP, bayesianize, likelihoods, priors
 from inference import MAP, ApproximationWarning, ConvergenceWarning, DenseLaplace, SampledLaplace, Subset
+from inference.backend import Run
 from inference.linearised_draws import LinearisedDrawsPosterior
 from tests.cases import CASES
 from tests.conjugate import linear_regression
@@ -234,3 +235,15 @@ def test_a_prior_that_couples_weights_is_said_to_lose_it():
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     with pytest.warns(ApproximationWarning, match="the prior couples entries of theta"):
         SampledLaplace(num_samples=2, start=START, **QUIET).fit(coupled, x, x.sum(-1))
+
+
+def test_draws_that_spread_farther_than_the_prior_are_no_posterior():
+    target, _ = network("by_hand")
+    precision = torch.linspace(0.5, 2.0, target.dim)
+    noise = torch.randn(16, target.dim, generator=torch.Generator().manual_seed(0))
+    backend = SampledLaplace()
+    of_prior = Run(backend, target, 0)
+    backend._check_spread(noise * precision.rsqrt(), precision, of_prior)
+    assert abs(of_prior.info.extra["determined_parameters"]) < 5 * (2 * target.dim / 16) ** 0.5
+    with pytest.warns(ConvergenceWarning, match=r"farther than the prior allows: -\d+"):
+        backend._check_spread(1.5 * noise * precision.rsqrt(), precision, Run(backend, target, 0))
