@@ -70,6 +70,18 @@ class LinearisedDrawsPosterior(DrawsPosterior):
         """The linearisation point, (P,)."""
         return self.center
 
+    def determined_parameters(self) -> tuple[float, float]:
+        r"""Number of parameters that the draws say the data determine, :math:`P - \tfrac1k \sum_j z_j^\top A z_j`.
+
+        Zero for draws of the prior, and never less but for Monte-Carlo error where the draws solve their systems.
+
+        Returns:
+            The number, and its standard error where the data determine little, :math:`\sqrt{2 P / k}`.
+        """
+        num, dim = self.deviations.shape
+        squares = (self.deviations.double().square() * self.prior_precision.double()).sum(-1)
+        return dim - float(squares.mean()) / self.target.temperature, (2 * dim / num) ** 0.5
+
     def prior_scales(self) -> dict[str, Tensor]:
         """Standard deviations of the Gaussian priors that were learnt, from which a model can be declared anew.
 

@@ -61,9 +61,7 @@ class Fitted:
 
 
 def determined(posterior: Posterior) -> dict[str, float]:
-    r"""Number of parameters that draws say the data determine, :math:`P - \tfrac1k \sum_j z_j^\top A z_j`.
-
-    Zero for draws that are still those of the prior. The standard error is at most :math:`\sqrt{2 P / k}`.
+    """Number of parameters that draws say the data determine.
 
     Args:
         posterior: Draws around a mode.
@@ -73,9 +71,7 @@ def determined(posterior: Posterior) -> dict[str, float]:
     """
     if not isinstance(posterior, LinearisedDrawsPosterior):
         return {}
-    z, dim = posterior.deviations.double(), posterior.target.dim
-    left = float((z.square() * posterior.prior_precision.double()).sum(1).mean())
-    return {"determined": dim - left, "determined_error": (2 * dim / len(z)) ** 0.5}
+    return dict(zip(("determined", "determined_error"), posterior.determined_parameters(), strict=True))
 
 
 def scored(fitted: Fitted, images: Images) -> dict[str, Any]:

@@ -154,8 +154,7 @@ class SampledLaplace(Backend):
             found, learnt = self._learn(target, mode, sampler, run)
             noise_factor, precision, z = found.noise_factor, found.precision, found.z
         self._report(target, sampler, precision, run)
-        self._check_spread(z, precision, run)
-        return LinearisedDrawsPosterior(
+        posterior = LinearisedDrawsPosterior(
             target,
             mode,
             z * target.temperature**0.5,
@@ -165,6 +164,8 @@ class SampledLaplace(Backend):
             noise_factor=noise_factor,
             learnt=learnt,
         )
+        self._check_spread(posterior, run)
+        return posterior
 
     def _find_mode(self, target: Target, batches: Batches, run: Run) -> Tensor:
         start = self.start
@@ -219,12 +220,10 @@ class SampledLaplace(Backend):
         }
         return found, tuple(site.name for site in prior.sites)
 
-    def _check_spread(self, z: Tensor, precision: Tensor, run: Run) -> None:
-        # E z^T A z = P - gamma, and data never determine fewer than no parameters: more is an error of the solver. It
-        # is what minibatches have for a residual, and costs no pass over the data.
-        squares = (z.double().square() * precision.double()).sum(-1)
-        determined = z.shape[1] - float(squares.mean())
-        error = z.shape[1] * (2 / (z.shape[1] * len(z))) ** 0.5
+    def _check_spread(self, posterior: LinearisedDrawsPosterior, run: Run) -> None:
+        # Fewer than none can only be an error of the solver. It is what minibatches have for a residual, and costs no
+        # pass over the data.
+        determined, error = posterior.determined_parameters()
         run.info.extra["determined_parameters"] = determined
         if not determined >= -_MAX_ERRORS * error:
             run.warn(

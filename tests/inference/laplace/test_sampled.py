@@ -238,12 +238,26 @@ def test_a_prior_that_couples_weights_is_said_to_lose_it():
 
 
 def test_draws_that_spread_farther_than_the_prior_are_no_posterior():
-    target, _ = network("by_hand")
-    precision = torch.linspace(0.5, 2.0, target.dim)
+    target, theta = network("by_hand")
+    precision, backend = torch.linspace(0.5, 2.0, target.dim), SampledLaplace()
     noise = torch.randn(16, target.dim, generator=torch.Generator().manual_seed(0))
-    backend = SampledLaplace()
-    of_prior = Run(backend, target, 0)
-    backend._check_spread(noise * precision.rsqrt(), precision, of_prior)
-    assert abs(of_prior.info.extra["determined_parameters"]) < 5 * (2 * target.dim / 16) ** 0.5
+
+    def posterior(scale: float) -> LinearisedDrawsPosterior:
+        draws = scale * noise * precision.rsqrt()
+        return LinearisedDrawsPosterior(target, theta, draws, backend=backend, prior_precision=precision)
+
+    run = Run(backend, target, 0)
+    backend._check_spread(posterior(1.0), run)
+    assert abs(run.info.extra["determined_parameters"]) < 5 * (2 * target.dim / 16) ** 0.5
     with pytest.warns(ConvergenceWarning, match=r"farther than the prior allows: -\d+"):
-        backend._check_spread(1.5 * noise * precision.rsqrt(), precision, Run(backend, target, 0))
+        backend._check_spread(posterior(1.5), run)
+
+
+def test_the_parameters_that_draws_determine_are_those_of_the_dense_posterior():
+    x, y = regression()
+    dense = DenseLaplace(start=START, **QUIET).fit(mlp(), x, y)
+    sampled = SampledLaplace(num_samples=2_000, start=None, tolerance=1e-8, **QUIET).fit(mlp(), x, y, init=dense)
+    found, error = sampled.determined_parameters()
+    expected = len(sampled.center) - (dense.gaussian.covariance().diagonal() * sampled.prior_precision).sum()
+    assert 0 < expected < len(sampled.center)
+    assert abs(found - expected) < 4 * error
