@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bnn_models import MLP, likelihoods, priors
 from inference.curvature import ggn
 from inference.jacobians import eta_and_jacobian
 from inference.linear_model import LinearModel, rows_together
@@ -45,6 +46,15 @@ def test_more_vectors_make_smaller_chunks():
     target, _ = network("resnet")
     size = 100_000
     assert 1 <= rows_together(target, 64, size) < rows_together(target, 1, size) <= target.num_data
+
+
+def test_deep_networks_make_smaller_chunks():
+    # Every layer's activations are held for every vector, not those of the largest layer alone.
+    rows = {}
+    for depth in (1, 8):
+        model = MLP([4, *[64] * depth, 1], prior=priors.Normal(scale=1.0), likelihood=likelihoods.Normal(scale=0.2))
+        rows[depth] = rows_together(compile_target(model, torch.randn(400, 4), torch.randn(400)), 16, 2_000_000)
+    assert 1 < rows[8] < rows[1] / 4 < 100
 
 
 def test_sizing_the_chunks_records_no_graph_of_all_data():
