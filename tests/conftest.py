@@ -1,5 +1,6 @@
 """Every test runs in float64 on one thread, with a clean parameter store and Pyro's validation on."""
 
+import signal
 from collections.abc import Iterator
 
 import pyro
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Shells start background jobs with Ctrl-C ignored, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
