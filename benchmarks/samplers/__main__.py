@@ -58,6 +58,7 @@ def contestants(name: str, quick: bool, fits: int) -> list[Contestant]:
         steps = {"num_chains": 4, "num_samples": draws // 2, "warmup_steps": draws // 2, "max_leapfrogs": 200}
         found.append(Contestant("HMC, 4 chains", "HMC", steps, fits))
         deeper = {"num_chains": 4, "num_samples": draws // 2, "warmup_steps": draws // 2, "max_tree_depth": 9}
+        found.append(Contestant("NUTS, 4 chains, depth 9", "NUTS", deeper, 1))
         found.append(Contestant(page.LONG_REFERENCE, "NumPyro NUTS", deeper, 1))
     if name not in ("energy_deep", "gap"):
         found.append(Contestant("Pyro NUTS, 1 chain", "Pyro NUTS", nuts | {"num_chains": 1}, 1))
