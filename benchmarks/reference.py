@@ -11,7 +11,6 @@ depend on what else the machine did: the record keeps gradients and seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 import warnings
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import environments
+from benchmarks.records import keep, number
 from bnn_zoo.budgets import make_backends, parse_backends
 from bnn_zoo.data import Dataset, load, splits
 from bnn_zoo.errors import UsageError
@@ -217,11 +217,6 @@ def mixing(posterior: Posterior, data: Dataset) -> dict[str, Any] | None:
     }
 
 
-def number(value: float | int | None) -> float | None:
-    """A figure to five digits, as records hold it; None for what is not finite."""
-    return None if value is None or not np.isfinite(value) else float(f"{value:.5g}")
-
-
 def make_missing(fits: Sequence[Fit], folder: Path, make: Callable[[Fit], dict[str, Any]]) -> None:
     """Write the records that are not there yet.
 
@@ -232,15 +227,7 @@ def make_missing(fits: Sequence[Fit], folder: Path, make: Callable[[Fit], dict[s
     """
     folder.mkdir(parents=True, exist_ok=True)
     for place, fit in enumerate(fits, 1):
-        path = folder / fit.file_name
-        if path.exists():
-            continue
-        print(f"{place}/{len(fits)} {fit.file_name}", flush=True)
-        record = make(fit)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
-        unfinished.replace(path)  # a record is there whole or not at all
-        print(f"  {record.get('failed') or record['scores']}", flush=True)
+        keep(folder / fit.file_name, lambda fit=fit: make(fit), f"{place}/{len(fits)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from benchmarks.published import DEEP_ENSEMBLE_5, MCD_GRID, PUBLISHED, Published
 from benchmarks.reference import RESULTS
-from benchmarks.report import load
+from benchmarks.report import write_page
 
 PAGE = Path(__file__).parent.parent / "docs" / "uci_reference.md"
 ORDER = ("energy", "yacht", "concrete", "boston", "wine")
@@ -208,14 +207,8 @@ def environment(env: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the records and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (docs/uci_reference.md)")
-    options = parser.parse_args(arguments)
-    records = load(options.results)
-    if not records:
-        parser.error(f"no record in {options.results}; run `python -m benchmarks.reference` first")
-    options.out.write_text(render(records))
+    source = "python -m benchmarks.reference"
+    write_page(render, arguments, description=__doc__, results=RESULTS, page=PAGE, source=source)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,35 @@ def _measured_with(record: dict[str, Any]) -> str:
 def load(folder: Path) -> list[dict[str, Any]]:
     """Every record in a folder."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def write_page(
+    render: Callable[[list[dict[str, Any]]], str],
+    arguments: Sequence[str] | None,
+    *,
+    description: str | None,
+    results: Path,
+    page: Path,
+    source: str,
+) -> None:
+    """The command that reads the records of a study and writes its page.
+
+    Args:
+        render: From records to Markdown.
+        arguments: Of the command line.
+        description: What `--help` says first.
+        results: Folder of the records.
+        page: The page.
+        source: The command that makes records.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--results", type=Path, default=results, help="folder of the records")
+    parser.add_argument("--out", type=Path, default=page, help=f"page to write (docs/{page.name})")
+    options = parser.parse_args(arguments)
+    records = load(options.results)
+    if not records:
+        parser.error(f"no record in {options.results}; run `{source}` first")
+    options.out.write_text(render(records))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.reference import DATA, SCORES, Fit, chain_start, costs, heading, limited, make_missing, mixing, number
+from benchmarks.records import number
+from benchmarks.reference import DATA, SCORES, Fit, chain_start, costs, heading, limited, make_missing, mixing
 from bnn_models import MLP, likelihoods
 from bnn_zoo.data import Dataset, available, load
 from bnn_zoo.data.registry import did_you_mean

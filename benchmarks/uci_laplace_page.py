@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -12,7 +11,7 @@ import numpy as np
 from scipy.stats import norm
 
 from benchmarks.reference_page import Expectation, environment, spread
-from benchmarks.report import load
+from benchmarks.report import write_page
 from benchmarks.uci_laplace import GAP_ROWS, RESULTS, ROWS
 from bnn_zoo.distance import Figures, distance, noise_floor
 from bnn_zoo.evaluate import LEVELS, Arrays
@@ -345,14 +344,8 @@ def _how(records: Sequence[Record]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the records and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (docs/uci_laplace.md)")
-    options = parser.parse_args(arguments)
-    records = load(options.results)
-    if not records:
-        parser.error(f"no record in {options.results}; run `python -m benchmarks.uci_laplace` first")
-    options.out.write_text(render(records))
+    source = "python -m benchmarks.uci_laplace"
+    write_page(render, arguments, description=__doc__, results=RESULTS, page=PAGE, source=source)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import reference, reference_page
 from benchmarks.published import MCD_GRID, PUBLISHED
+from benchmarks.report import load
 from bnn_zoo.models import ModelSpec
 from inference import MAP, NUTS
 
@@ -22,7 +23,7 @@ def records(tmp_path_factory):
     torch.set_default_dtype(torch.float32)
     folder = tmp_path_factory.mktemp("reference")
     reference.main([*QUICK, *SHORT, *TREE, "--out", str(folder)])
-    return folder, reference_page.load(folder)
+    return folder, load(folder)
 
 
 def test_a_record_holds_scores_mixing_cost_and_settings(records):
@@ -45,7 +46,7 @@ def test_a_record_that_exists_is_kept_and_a_missing_one_is_made(records):
     path.write_text(json.dumps(before[0] | {"seconds": -1.0}))
     (folder / "yacht-0-nuts.json").unlink()
     reference.main([*QUICK, *SHORT, *TREE, "--out", str(folder)])
-    of_map, of_nuts = reference_page.load(folder)
+    of_map, of_nuts = load(folder)
     assert of_map["seconds"] == -1.0
     assert of_nuts["scores"] == before[1]["scores"]
     assert not list(folder.glob("*.unfinished"))
@@ -125,7 +126,7 @@ def test_every_published_row_covers_the_same_sets():
 
 
 def test_the_committed_page_is_the_one_its_records_give():
-    assert reference_page.PAGE.read_text() == reference_page.render(reference_page.load(reference.RESULTS))
+    assert reference_page.PAGE.read_text() == reference_page.render(load(reference.RESULTS))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.images import outside, page, records, resnet
 from benchmarks.images.networks import Recipe, lenet, train
 from benchmarks.images.networks import resnet as make_resnet
+from benchmarks.records import keep
 from bnn_zoo.data import load
 from inference import MAP, DrawsPosterior, compile_target
 from inference.linearised_draws import LinearisedDrawsPosterior
@@ -48,7 +49,7 @@ def of_resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     options = resnet.Options(epochs=1, steps=2, batch=6, draws=3, blocks=1, width=2, weights=weights)
     trial = resnet.Trial(images((3, 32, 32)), options, folder)
     for row in resnet.ROWS:
-        records.keep(folder / f"resnet-0-{row}.json", lambda row=row: trial.record(row))
+        keep(folder / f"resnet-0-{row}.json", lambda row=row: trial.record(row))
     return folder, {row: json.loads((folder / f"resnet-0-{row}.json").read_text()) for row in resnet.ROWS}
 
 
@@ -181,10 +182,10 @@ def test_a_record_that_exists_is_kept_and_kept_weights_are_taken(of_resnet):
     path.write_text(json.dumps(found["map"] | {"seed": 77}))
     options = resnet.Options(epochs=1, blocks=1, width=2, weights=folder / "weights.pt")
     trial = resnet.Trial(images((3, 32, 32)), options, folder)
-    records.keep(path, lambda: trial.record("map"))
+    keep(path, lambda: trial.record("map"))
     assert json.loads(path.read_text())["seed"] == 77
     path.unlink()
-    records.keep(path, lambda: trial.record("map"))
+    keep(path, lambda: trial.record("map"))
     assert json.loads(path.read_text())["scores"] == found["map"]["scores"]
     assert not list(folder.glob("*.unfinished"))
 

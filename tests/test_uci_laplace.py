@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import reference_page, uci_laplace, uci_laplace_page
+from benchmarks import report, uci_laplace, uci_laplace_page
 from benchmarks.reference import SCORES, Fit
 from bnn_zoo.data import load
 from bnn_zoo.data.registry import GAP_SPLITS
@@ -184,7 +184,7 @@ def test_a_failure_is_listed_with_its_reason():
 
 
 def test_the_committed_page_is_the_one_its_records_give():
-    records = reference_page.load(uci_laplace.RESULTS)
+    records = report.load(uci_laplace.RESULTS)
     assert uci_laplace_page.PAGE.read_text() == uci_laplace_page.render(records)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from benchmarks.images.networks import lenet
-from benchmarks.images.records import RESULTS, Fitted, Images, determined, keep, run
+from benchmarks.images.records import RESULTS, Fitted, Images, determined, run
+from benchmarks.records import keep
 from bnn_models import bayesianize, likelihoods, priors
 from bnn_models.wrap import BayesianModule
 from bnn_zoo.data import Dataset, load

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from benchmarks.images.outside import DATA
 from benchmarks.images.outside import ROWS as OUTSIDE_ROWS
 from benchmarks.images.records import RESULTS
 from benchmarks.images.resnet import ROWS as RESNET_ROWS
-from benchmarks.report import digits, load
+from benchmarks.report import digits, write_page
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "image_studies.md"
 NAMES = {
@@ -227,14 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Of the command line.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--out", type=Path, default=PAGE, help="page to write (docs/image_studies.md)")
-    options = parser.parse_args(arguments)
-    records = load(options.results)
-    if not records:
-        parser.error(f"no record in {options.results}; run `python -m benchmarks.images.outside` first")
-    options.out.write_text(render(records))
+    source = "python -m benchmarks.images.outside"
+    write_page(render, arguments, description=__doc__, results=RESULTS, page=PAGE, source=source)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import environments
+from benchmarks.records import number
 from inference import scoring
 from inference.linearised_draws import LinearisedDrawsPosterior
 from inference.links import Link
@@ -181,24 +181,4 @@ def rounded(value: Any) -> Any:
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if abs(value) < float("inf") else None
-    return value
-
-
-def keep(path: Path, make: Callable[[], dict[str, Any]]) -> None:
-    """Write a record unless it is there; it is there whole or not at all.
-
-    Args:
-        path: Its place.
-        make: Makes it.
-    """
-    if path.exists():
-        return
-    print(path.name, flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = make()
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
-    print(f"  {record.get('failed') or record['scores']}", flush=True)
+    return number(value) if isinstance(value, float) else value
