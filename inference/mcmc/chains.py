@@ -136,23 +136,19 @@ class Ensemble:
             try:
                 next(self._running[lane.chain])
             except StopIteration:  # it came from a checkpoint at its end
-                lane.finished = True
+                lane.finish()
         for block in list(self.blocks):
             if all(lane.finished for lane in block.lanes):
                 self.blocks.remove(block)
 
     def _advance(self, block: Block) -> None:
         ended = False
-        for lane, scalars in zip(block.lanes, block.advance(), strict=True):
-            if lane.finished:
-                continue
-            lane.leapfrogs += 1
+        for lane, scalars in block.advance():
             try:
                 self._running[lane.chain].send(scalars)
             except StopIteration:
-                lane.finished = ended = True
-                block.steps[lane.index] = 0.0
-                block.steps_changed = True
+                lane.finish()
+                ended = True
         if ended:
             self._regroup(block)
 
@@ -169,12 +165,7 @@ class Ensemble:
             return
         rows = block.state[:, [lane.index for lane in running]].contiguous()
         smaller = self._program(rows, remaining)
-        old = [(block.slots[:, lane.index], block.steps[lane.index]) for lane in running]
-        replacement = Block(smaller, running, rows)
-        for lane, (slots, step_size) in zip(running, old, strict=True):
-            replacement.slots[:, lane.index] = slots
-            replacement.steps[lane.index] = step_size
-        self.blocks[self.blocks.index(block)] = replacement
+        self.blocks[self.blocks.index(block)] = Block(smaller, running, rows)
 
     def _remaining_steps(self, lane: Lane) -> int:
         chain = self.chains[lane.chain]

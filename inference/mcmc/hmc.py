@@ -194,7 +194,7 @@ class HMCKernel:
             step_size: Leapfrog step.
 
         Yields:
-            Once per leapfrog.
+            Once per leapfrog; once in all where :mod:`inference.mcmc.native` counts the steps.
 
         Returns:
             The next point and what happened.
@@ -205,9 +205,14 @@ class HMCKernel:
         length = self.length(step_size, lane.uniform())
         log_density, num_steps = point.log_density, 0
         # A point that is not finite stays so: the rest of the trajectory need not be computed.
-        while num_steps < length and math.isfinite(log_density - kinetic):
+        if lane.native is not None:
+            lane.native.begin_steps(lane.index, length)
             log_density, kinetic, _ = yield
-            num_steps += 1
+            num_steps = lane.native.figures[lane.index].num_steps
+        else:
+            while num_steps < length and math.isfinite(log_density - kinetic):
+                log_density, kinetic, _ = yield
+                num_steps += 1
         gain = log_density - kinetic + start_energy
         diverging = not -DIVERGENCE < gain < math.inf
         acceptance = 0.0 if diverging else min(1.0, math.exp(min(gain, 0.0)))

@@ -1,18 +1,22 @@
 r"""Where chains live while they advance together: one lane of a block each.
 
-A chain writes the state to continue from into its lane, yields, and finds the state one leapfrog later there. Lanes
-hand out copies of what the chain wants to keep, so the block may be overwritten in place.
+A chain writes the state to continue from into its lane, yields, and finds the state one leapfrog later there, or, where
+:mod:`inference.mcmc.native` follows trajectories, that of the end of a trajectory. Lanes hand out copies of what the
+chain wants to keep, so the block may be overwritten in place.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from inference.mcmc import native
 from inference.mcmc.integrators import MOMENTUM, MOMENTUM_SUM, LeapfrogProgram
 from inference.mcmc.metrics import Metric
 
@@ -80,7 +84,7 @@ class Block:
 
     Args:
         program: One leapfrog of as many chains as there are lanes.
-        lanes: The chains.
+        lanes: The chains; lanes that another block holds move here with the trajectory that they are on.
         rows: Their states, (4, C, P).
     """
 
@@ -90,20 +94,29 @@ class Block:
         self.state = rows
         self.pair = torch.zeros_like(rows[:2])
         self.slots = rows.new_zeros(2, len(lanes), program.num_slots, rows.shape[2])
-        self.steps = [0.0] * len(lanes)
-        self._steps = rows.new_zeros(len(lanes))
-        self.steps_changed = True
+        self.steps = torch.zeros(len(lanes), dtype=rows.dtype)  # signed step sizes, on the CPU
+        self.leapfrogs = np.zeros(len(lanes), dtype=np.int64)  # taken by each lane
         self.inverse_mass = torch.stack([lane.metric.inverse_mass for lane in lanes])
+        # Where the leapfrog itself was worth compiling; a call of an eager one costs more than all the Python between.
+        wanted = program.compiled or any(lane.native is not None for lane in lanes)
+        library = native.load() if wanted and rows.device.type == "cpu" else None
+        self.native = None if library is None else native.NativeTrajectories(self, library)
         for index, lane in enumerate(lanes):
             lane.join(self, index)
 
-    def advance(self) -> list[list[float]]:
-        """One leapfrog of every lane; finished lanes stand still (their step size is 0)."""
-        if self.steps_changed:
-            self._steps = torch.tensor(self.steps, dtype=self.state.dtype, device=self.state.device)
-            self.steps_changed = False
-        self.state, self.pair, scalars = self.program(self.state, self._steps, self.inverse_mass, self.slots)
-        return scalars.tolist()
+    def advance(self) -> list[tuple[Lane, Scalars]]:
+        """One leapfrog of every lane; finished lanes stand still (their step size is 0).
+
+        Returns:
+            The lanes whose chains have to decide how to go on, with log density, kinetic energy and U-turn bits.
+        """
+        steps = self.steps.to(self.state.device)
+        self.state, self.pair, scalars = self.program(self.state, steps, self.inverse_mass, self.slots)
+        if self.native is not None:
+            waiting = self.native.advance(self.state, self.pair, scalars)
+            return [(self.lanes[index], scalars[index].tolist()) for index in waiting]
+        self.leapfrogs += [not lane.finished for lane in self.lanes]
+        return [(lane, own) for lane, own in zip(self.lanes, scalars.tolist(), strict=True) if not lane.finished]
 
 
 class Lane:
@@ -120,22 +133,45 @@ class Lane:
         self.stream = stream
         self.metric = metric
         self.finished = False
-        self.leapfrogs = 0
         self.iteration = 0
-        self._uniforms: list[float] = []
+        # Uniform numbers in (0, 1], and how many are unused: the first ones. Trajectories in C++ read them too.
+        self._uniforms, self._left = array("d", bytes(8 * _UNIFORMS)), array("q", [0])
 
     def join(self, block: Block, index: int) -> None:
-        """Move into lane ``index`` of a block."""
+        """Move into lane ``index`` of a block, with the state of the one before."""
+        moved = None
+        if hasattr(self, "block"):
+            old, before = self.block, self.index
+            block.slots[:, index] = old.slots[:, before]
+            block.steps[index] = old.steps[before]
+            block.leapfrogs[index] = old.leapfrogs[before]
+            moved = None if old.native is None else (old.native.figures[before], old.native.held[before])
         self.block, self.index = block, index
         self.slots = [block.slots[:, index, k] for k in range(block.slots.shape[2])]  # (2, P) each
+        if block.native is not None:
+            block.native.join(index, self._uniforms.buffer_info()[0], self._left.buffer_info()[0], moved)
+
+    @property
+    def native(self) -> native.NativeTrajectories | None:
+        """What follows whole trajectories without Python, where there is one."""
+        return self.block.native if hasattr(self, "block") else None
+
+    @property
+    def leapfrogs(self) -> int:
+        """Leapfrogs since the lane was made."""
+        return int(self.block.leapfrogs[self.index])
+
+    def finish(self) -> None:
+        """Stand still from now on."""
+        self.finished = True
+        self.block.steps[self.index] = 0.0
+        if self.native is not None:
+            self.native.figures[self.index].mode = native.FINISHED
 
     def begin(self, row: Tensor, step_size: float) -> None:
         """Continue from the state ``row`` (4, P) with a signed step size at the next leapfrog."""
-        block = self.block
-        block.state.select(1, self.index).copy_(row)
-        if block.steps[self.index] != step_size:
-            block.steps[self.index] = step_size
-            block.steps_changed = True
+        self.block.state.select(1, self.index).copy_(row)
+        self.block.steps[self.index] = step_size
 
     def state(self) -> Tensor:
         """Copy of the state after the last leapfrog, (4, P)."""
@@ -176,16 +212,25 @@ class Lane:
 
     def uniform(self) -> float:
         """A uniform number in (0, 1] from the chain's stream."""
-        if not self._uniforms:
-            drawn = torch.rand(_UNIFORMS, generator=self.stream, dtype=torch.float64, device=self.stream.device)
-            self._uniforms = (1.0 - drawn).tolist()
-        return self._uniforms.pop()
+        if not self._left[0]:
+            self.refill()
+        self._left[0] -= 1
+        return self._uniforms[self._left[0]]
+
+    def refill(self) -> None:
+        """Draw new uniform numbers, when all are used."""
+        drawn = torch.rand(_UNIFORMS, generator=self.stream, dtype=torch.float64, device=self.stream.device)
+        self._keep((1.0 - drawn).tolist())
+
+    def _keep(self, uniforms: Sequence[float]) -> None:
+        self._uniforms[: len(uniforms)] = array("d", uniforms)
+        self._left[0] = len(uniforms)
 
     def random_state(self) -> tuple[Tensor, list[float]]:
         """State of the stream and the uniforms drawn from it but not used yet."""
-        return self.stream.get_state(), list(self._uniforms)
+        return self.stream.get_state(), list(self._uniforms[: self._left[0]])
 
     def set_random_state(self, stream: Tensor, uniforms: list[float]) -> None:
         """Go back to what :meth:`random_state` returned."""
         self.stream.set_state(stream)
-        self._uniforms = list(uniforms)
+        self._keep(uniforms)

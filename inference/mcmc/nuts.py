@@ -100,7 +100,7 @@ class NUTSKernel:
             step_size: Leapfrog step.
 
         Yields:
-            Once per leapfrog.
+            Once per leapfrog; once in all where :mod:`inference.mcmc.native` follows the tree.
 
         Returns:
             The next point and what happened.
@@ -110,6 +110,15 @@ class NUTSKernel:
         first_bit, both_bits = 1 << far_slot, 3 << far_slot
         velocity, kinetic = lane.refresh(point.row)
         start_energy = kinetic - point.log_density
+        if lane.native is not None:
+            figures = {"max_depth": self.max_tree_depth, "step_size": step_size, "start_energy": start_energy}
+            lane.native.begin_tree(lane.index, point.row, velocity, figures | {"log_density": point.log_density})
+            yield
+            row, end = lane.native.chosen(lane.index)  # of the block that the lane is in by now
+            transition = Transition(
+                end.acceptance / end.num_steps, end.num_steps, end.depth, bool(end.diverging), end.energy
+            )
+            return Point(row, end.log_density), transition
         rho = point.row[MOMENTUM].clone()
         ends = [(point.row, velocity), (point.row, velocity)]  # backward, forward
         chosen, energy = point, start_energy
