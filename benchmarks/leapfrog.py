@@ -2,12 +2,14 @@
 
 Ours twice over: the plain update around `Target.log_density_and_grad` (the seam that every backend uses), and the
 recorded program of HMC and NUTS, which also computes energies. Pyro's is the integrator its own NUTS calls, on the
-potential its own kernel set up.
+potential its own kernel set up. "Its own arithmetic" is the least that a leapfrog must do: the matrix products of a
+forward and a backward pass, each activation, and one multiplication by its derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pyro
 import torch
@@ -20,6 +22,7 @@ from benchmarks.measure import Case, Contestant, NotRun, Settings, Versus, built
 from benchmarks.problems import NOISE, Problem, energy, relative_difference
 from inference.mcmc.integrators import GRADIENT, MOMENTUM, POSITION, leapfrog, leapfrog_program
 
+ARITHMETIC = "its own arithmetic"
 STEP_SIZE = 1e-5  # far below the stability limit of every case
 Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -43,6 +46,7 @@ def _case(problem: Problem, settings: Settings, first: bool) -> Iterator[Case | 
         label = "compiled" if compiled else "eager"
         makers[f"ours, {label}"] = lambda c=compiled: walk(target.log_density_and_grad(1, compile=c), theta, momentum)
         makers[f"ours, sampler's program, {label}"] = lambda c=compiled: _program(target, theta, momentum, c)
+    makers[ARITHMETIC] = lambda: arithmetic(problem)
     makers["torch by hand, autograd"] = lambda: walk(hand, theta[0], momentum[0])
     makers["Pyro"] = lambda: _pyro(problem, theta[0], momentum[0], jit=False)
     if not settings.quick:
@@ -99,6 +103,7 @@ def _ratios(names: set[str], first: bool) -> Iterator[Versus]:
         Versus(hand, "ours, sampler's program, eager"),
         Versus(hand, "ours, sampler's program, compiled"),
         Versus("Pyro", "ours, sampler's program, compiled"),
+        Versus(ARITHMETIC, "ours, sampler's program, compiled", round(1 / 1.5, 3)),
         Versus("NumPyro, jit and scan", "ours, compiled"),
         Versus("NumPyro, jit and scan", "ours, sampler's program, compiled"),
     ]
@@ -116,6 +121,28 @@ def by_hand(problem: Problem) -> Gradient:
             return value.detach(), torch.autograd.grad(value, theta)[0]
 
     return value_and_grad
+
+
+def arithmetic(problem: Problem) -> Callable[[], object]:
+    """Matrix products and activations of one leapfrog in torch, without allocations, with the data along memory."""
+    columns, num = problem.x.T.contiguous(), len(problem.x)
+    weights = [torch.randn(b, a) / a**0.5 for a, b in pairwise(problem.sizes)]
+    inputs = [columns, *(torch.empty(len(w), num) for w in weights[:-1])]  # of every layer, (H, N)
+    sums, outputs = [torch.empty_like(a) for a in inputs[1:]], torch.empty(problem.sizes[-1], num)
+    deltas, gradients = [torch.empty_like(a) for a in sums], [torch.empty(w.shape[::-1]) for w in weights]
+
+    def call() -> None:
+        for layer, weight in enumerate(weights[:-1]):
+            torch.mm(weight, inputs[layer], out=sums[layer])
+            torch.sigmoid(sums[layer], out=inputs[layer + 1])
+        delta = torch.mm(weights[-1], inputs[-1], out=outputs)
+        for layer in reversed(range(len(weights))):
+            torch.mm(inputs[layer], delta.T, out=gradients[layer])
+            if layer:
+                torch.mm(weights[layer].T, delta, out=deltas[layer - 1])
+                delta = torch.mul(deltas[layer - 1], inputs[layer], out=deltas[layer - 1])
+
+    return call
 
 
 def walk(value_and_grad: Gradient, theta: Tensor, momentum: Tensor) -> Callable[[], object]:
