@@ -42,7 +42,8 @@ prediction of the same confidences would have. AUROC tells foreign images from t
 predicted classes; 0.5 is useless. Class probabilities are averages over draws of the linearised network unless a row
 says "probit". Seconds: "network" trains the network(s), "fit" takes the curvature or the draws, "prior" chooses the
 prior. Others used the machine as well: seconds are upper bounds; in brackets, where it was measured, the processor's
-own time.
+own time. Why Laplace loses likelihood where it gains AUROC: [gotchas](gotchas.md), where a dense Laplace approximation
+does the same and long chains do not.
 """
 
 
