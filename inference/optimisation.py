@@ -22,6 +22,7 @@ from inference.adam import Adam
 from inference.backend import Bar, Batches, Run, stacked
 from inference.data import Tree, map_tree
 from inference.double import in_double
+from inference.early_stopping import EarlyStopping, Losses, Watch, held_out_losses
 from inference.errors import NonFiniteError
 from inference.graph import hot
 from inference.target import Target
@@ -77,6 +78,7 @@ class Recipe:
         optimiser: "adam", "sgd" or "adagrad".
         schedule: "constant", "cosine" (to 0), or a function from the step number to a factor of ``step_size``.
         momentum: Of SGD.
+        weight_decay: Decoupled weight decay of Adam (AdamW): each step also multiplies theta by 1 - rate x this.
     """
 
     num_steps: int
@@ -85,6 +87,7 @@ class Recipe:
     optimiser: OptimiserName = "adam"
     schedule: ScheduleName | Callable[[int], float] = "cosine"
     momentum: float = 0.9
+    weight_decay: float = 0.0
 
     def rate(self, step: int) -> float:
         """Learning rate after ``step`` steps."""
@@ -97,7 +100,7 @@ class Recipe:
     def update_for(self, theta: Tensor) -> Update:
         """Function of a gradient (M, P) and a learning rate that moves a stacked tensor (M, P) in place."""
         if self.optimiser == "adam":
-            return Adam(theta).step
+            return Adam(theta, self.weight_decay).step
         if self.optimiser == "adagrad":
             optimiser: torch.optim.Optimizer = torch.optim.Adagrad([theta])
         else:
@@ -119,11 +122,14 @@ class Trained:
 
     Attributes:
         theta: (M, P).
-        losses: Loss of each member at its last step, before the last update, (M,); nats per datum.
+        losses: Loss of each member at its last step, before the last update, (M,); with early stopping, of the held-out
+            data at ``theta``; nats per datum.
+        steps: Steps of each member that led to ``theta``, (M,).
     """
 
     theta: Tensor
     losses: Tensor
+    steps: Tensor
 
 
 def train(
@@ -136,6 +142,7 @@ def train(
     description: str = "training",
     callback: Callback | None = None,
     together: bool | None = None,
+    stopping: EarlyStopping | None = None,
 ) -> Trained:
     """Train M members independently of one another, each on its own shuffling of the data.
 
@@ -149,6 +156,7 @@ def train(
         callback: Called after every step with the number of steps done, the members concerned and their thetas
             (m, P), not to be modified.
         together: Stack the members (True) or train one after another (False); None decides by size.
+        stopping: When to stop before ``recipe.num_steps``, if ever; each member then keeps its best weights.
 
     Returns:
         Final thetas and losses.
@@ -164,14 +172,23 @@ def train(
         together = stacked(target, num, size)
     groups = [slice(0, num)] if together else [slice(m, m + 1) for m in range(num)]
     program: Program | None = None
+    held_out: Losses | None = None
     trained = []
     with run.bar(recipe.num_steps * len(groups), description) as bar:
         for members in groups:
             batches = Batches(target, recipe.batch_size, streams[members])
             if program is None:
                 program = gradients(target, run, loss, batches, num_calls=recipe.num_steps * len(groups))
-            trained.append(descend(target, run, program, start[members], recipe, batches, bar, members, callback))
-    return Trained(torch.cat([t.theta for t in trained]), torch.cat([t.losses for t in trained]))
+            watch: Watch | None = None
+            if stopping is not None:
+                held_out = held_out or held_out_losses(stopping.held_out, batches.num, size)
+                epoch = math.ceil(target.num_data / size)
+                watch = Watch(held_out, start[members], stopping.patience, epoch)
+            trained.append(
+                descend(target, run, program, start[members], recipe, batches, bar, members, callback, watch)
+            )
+    parts = [torch.cat(p) for p in zip(*((t.theta, t.losses, t.steps) for t in trained), strict=True)]
+    return Trained(*parts)
 
 
 def gradients(target: Target, run: Run, loss: Loss, batches: Batches, num_calls: float) -> Program:
@@ -211,6 +228,7 @@ def descend(
     bar: Bar,
     members: slice,
     callback: Callback | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
     """The loop itself: batch, gradients, one optimiser step for all members.
 
@@ -224,6 +242,7 @@ def descend(
         bar: Progress bar.
         members: Which members these are.
         callback: See :func:`train`.
+        watch: Says when all members have stopped, and keeps their best weights.
 
     Returns:
         Final thetas and losses.
@@ -234,6 +253,7 @@ def descend(
     theta = start.detach().clone(memory_format=torch.contiguous_format)
     update = recipe.update_for(theta)
     losses = torch.zeros(theta.shape[0], dtype=theta.dtype, device=theta.device)
+    step = 0
     with torch.no_grad():
         for step in range(1, recipe.num_steps + 1):
             grads, losses = program(theta, *batches.next())
@@ -244,10 +264,20 @@ def descend(
             if callback is not None:
                 callback(step, members, theta)
             bar.advance(1, loss=mean)
-    run.count(recipe.num_steps * batches.cost * theta.shape[0])
+            if watch is not None and watch.stops(step, theta):
+                bar.advance(recipe.num_steps - step)
+                break
+        else:
+            if watch is not None:
+                watch.finish(step, theta)
+    # A pass is one over all the data of the fit, also where some are held out of this target.
+    run.count(step * batches.size / run.target.num_data * theta.shape[0])
     if not torch.isfinite(theta).all():
-        raise NonFiniteError(_where(target, theta, theta, losses, recipe.num_steps, members))
-    return Trained(theta, losses)
+        raise NonFiniteError(_where(target, theta, theta, losses, step, members))
+    if watch is not None:
+        watch.check(members.start)
+        return Trained(watch.best, watch.least.to(theta.dtype), watch.steps)
+    return Trained(theta, losses, torch.full((theta.shape[0],), step, device=theta.device))
 
 
 def polish(

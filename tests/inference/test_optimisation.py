@@ -154,12 +154,16 @@ def test_the_cosine_schedule_is_torchs() -> None:
         schedule.step()
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
-def test_adam_takes_the_steps_of_torchs(kind: torch.dtype) -> None:
+def test_adam_takes_the_steps_of_torchs(kind: torch.dtype, decay: float) -> None:
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(3, 4, generator=generator, dtype=kind)
     twin = theta.clone().requires_grad_()
-    ours, theirs = Adam(theta), torch.optim.Adam([twin], fused=True)
+    ours = Adam(theta, decay)
+    theirs = (
+        torch.optim.AdamW([twin], weight_decay=decay, fused=True) if decay else torch.optim.Adam([twin], fused=True)
+    )
     for step in range(10):
         gradient = torch.randn(4, 3, generator=generator, dtype=kind).t()
         theirs.param_groups[0]["lr"] = 0.1 / (1 + step)

@@ -83,6 +83,32 @@ def test_members_do_not_depend_on_how_many_there_are() -> None:
     torch.testing.assert_close(two, three[:2], rtol=1e-9, atol=1e-11)
 
 
+def test_members_stop_early_each_on_its_own_and_the_posterior_is_of_all_data() -> None:
+    x, y = data()
+    fields = {"num_steps": 600, "step_size": 0.02, "batch_size": 10, "schedule": "constant", "prior": False}
+    stopping = {**fields, "validation_fraction": 0.2, "patience": 3}
+    posterior = DeepEnsemble(num_members=3, **stopping).fit(network, x, y, seed=1)  # type: ignore[arg-type]
+    alone = DeepEnsemble(num_members=1, **stopping).fit(network, x, y, seed=1)  # type: ignore[arg-type]
+    steps = posterior.info.extra["steps"]
+    assert len(set(steps)) > 1
+    assert max(steps) < 600
+    assert all(step % 4 == 0 for step in steps)  # 32 of 40 data are trained on: four steps an epoch
+    assert alone.info.extra["steps"] == steps[:1]
+    torch.testing.assert_close(alone.draws[0], posterior.draws[0, :1], rtol=1e-9, atol=1e-11)
+    assert posterior.target.num_data == 40
+    without = DeepEnsemble(num_members=3, **fields).fit(network, x, y, seed=1)  # type: ignore[arg-type]
+    assert without.info.extra["steps"] == [600] * 3
+
+
+def test_weight_decay_shrinks_the_weights() -> None:
+    x, y = data()
+    plain, shrunk = (
+        DeepEnsemble(num_members=1, num_steps=600, prior=False, weight_decay=decay).fit(linear, x, y).draws[0, 0]
+        for decay in (0.0, 0.5)
+    )
+    assert (shrunk.abs() < plain.abs()).all()
+
+
 def test_heteroscedastic_likelihood_learns_where_the_noise_is() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.stack([torch.ones(600), torch.rand(600, generator=generator)], -1)
@@ -136,6 +162,12 @@ def test_adversarial_training_refuses_inputs_that_are_not_one_float_tensor() -> 
         ({"num_members": 0}, "`num_members` must be an integer >= 1, got 0"),
         ({"adversarial_epsilon": -1.0}, "`adversarial_epsilon` must be > 0, got -1.0"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1, got 0"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be >= 0, got -0.1"),
+        ({"weight_decay": float("inf")}, "`weight_decay` must be >= 0, got inf"),
+        ({"weight_decay": 0.1, "optimiser": "sgd"}, '`weight_decay` is decoupled, for optimiser="adam"; with "sgd"'),
+        ({"validation_fraction": 0.0}, "`validation_fraction` must be between 0 and 1, or None, got 0.0"),
+        ({"validation_fraction": 1.0}, "`validation_fraction` must be between 0 and 1, or None, got 1.0"),
+        ({"patience": 0}, "`patience` must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_fields_are_refused(fields: dict[str, object], message: str) -> None:

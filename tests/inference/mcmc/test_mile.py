@@ -1,5 +1,7 @@
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -29,14 +31,36 @@ def test_without_sampling_steps_it_is_the_deep_ensemble_exactly() -> None:
     assert posterior.info.gradients == ensemble.info.gradients
 
 
-def test_without_a_start_the_members_are_a_deep_ensemble_with_the_published_settings(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("num", "num_steps", "fraction"), [(40, 1000, 0.125), (12, 500, 0.125), (7, 500, None)])
+def test_without_a_start_the_members_are_a_deep_ensemble_trained_as_published(
+    num: int, num_steps: int, fraction: float | None
 ) -> None:
-    monkeypatch.setattr("inference.mcmc.mile._MEMBER_STEPS", 40)
-    x, y = data()
-    ensemble = DeepEnsemble(num_members=3, num_steps=40, step_size=1e-3, batch_size=32, compile=False)
+    x, y = data(num)
+    ensemble = DeepEnsemble(
+        num_members=3,
+        num_steps=num_steps,  # 500 epochs
+        step_size=1e-3,
+        batch_size=32,
+        schedule="constant",
+        prior=False,
+        weight_decay=1e-3,
+        validation_fraction=fraction,
+        patience=10,
+        compile=False,
+    ).fit(linear, x, y, seed=2)
     posterior = MILE(**{**SHORT, "num_samples": 0, "start": None}).fit(linear, x, y, seed=2)
-    assert torch.equal(posterior.draws[:, 0], ensemble.fit(linear, x, y, seed=2).draws[0])
+    assert torch.equal(posterior.draws[:, 0], ensemble.draws[0])
+    assert posterior.info.extra["steps"] == ensemble.info.extra["steps"]
+
+
+def test_a_model_with_a_parameter_per_datum_is_trained_without_a_validation_part() -> None:
+    def local(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + x[:, 0], 1.0), obs=y)
+
+    posterior = MILE(**{**SHORT, "num_samples": 0, "start": None}).fit(local, *data(20))
+    assert posterior.info.extra["steps"] == [500] * 3
 
 
 def test_chains_leave_from_the_members() -> None:
@@ -89,9 +113,6 @@ def test_a_start_with_too_few_points_is_refused() -> None:
 
 def test_warm_up_ends_near_the_energy_error_it_aims_at() -> None:
     def flat(x: Tensor, y: Tensor | None = None) -> None:
-        import pyro
-        import pyro.distributions as dist
-
         w = pyro.sample("w", dist.Normal(torch.zeros(40), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(w[0] * x, 1.0), obs=y)
