@@ -28,6 +28,9 @@ def bayesianize(
 ) -> "BayesianModule":
     """Make a Pyro model of a network, trained or not; the network itself is left untouched.
 
+    Its weights are where inference starts: the one point of a mode or a mean field, the first chain, member or
+    particle. Further ones start at weights that PyTorch would give a new network of this kind.
+
     Fan-in of a linear layer is its number of inputs, of a convolution in_channels / groups x kernel size, of an
     embedding 1. Biases and other one-dimensional parameters count as biases. The priors have mean zero, also for the
     gain of a normalisation layer, whose pretrained value is about 1: give it None where that is not meant.
@@ -107,6 +110,34 @@ class BayesianModule(nn.Module):
         """
         parameters = dict(self.net.named_parameters())
         return {name: parameters[name].detach().clone() for name, prior in self._priors.items() if prior is not None}
+
+    def fresh_sites(self, seed: int) -> dict[str, Tensor]:
+        """Return weights that PyTorch would give a new network of this kind, where a further point of inference starts.
+
+        They are drawn by the modules' own ``reset_parameters`` on a copy, inner modules first; the copy's network and
+        the global random state stay as they are.
+
+        Args:
+            seed: Random seed, >= 0.
+
+        Returns:
+            From site name to a value, for the parameters of modules that can be reset.
+        """
+        net = copy.deepcopy(self.net).cpu()
+        able: set[nn.Module] = set()
+
+        def reset(module: nn.Module) -> None:
+            draw = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if draw is not None:
+                draw()
+                able.add(module)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not those of accelerators
+            net.apply(reset)
+        found = dict(net.named_parameters())
+        names = [name for name, prior in self._priors.items() if prior is not None]
+        return {name: found[name] for name in names if net.get_submodule(name.rpartition(".")[0]) in able}
 
     def forward(self, x: Inputs, y: Tensor | None = None) -> Tensor:
         """Sample the parameters, run the network and sample or observe the targets.

@@ -1,8 +1,15 @@
-"""Where a fit starts: draws from the prior, random starts scaled by fan-in, and what the user gave as ``init``."""
+"""Where a fit starts: what the user gave as ``init``, a network's own weights, or at random.
+
+The rule is one for all backends. Without ``init``, the first point is the model's own, where it has one
+(``initial_sites``, the weights of a network given to ``bayesianize``): the only point of MAP, Laplace, SWAG and mean
+field, chain 0, member 0, particle 0. Every other point is drawn on its own: fresh weights of the network
+(``fresh_sites``, what PyTorch would start it from), and where there are none, layer weights at standard deviation
+1/sqrt(fan_in) and other sites near their prior median. Point c depends on the seed and on c alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +54,7 @@ def starting_points(target: Target, num: int, seed: int, init: Any) -> Tensor:
         ValueError: If ``init`` does not fit this model.
     """
     if init is None:
-        known = target.initial_sites or {}
-        if all(site.name in known for site in target.all_sites):  # of a trained network: nothing is left to chance
-            return _with_known(target, [{}]).expand(num, -1).detach().clone()
-        points = random_starts(target, num, seed)
-        return (_with_known(target, map(target.unravel, points)) if known else points).detach()
+        return (own_starts(target, num, seed) if target.initial_sites else random_starts(target, num, seed)).detach()
     if hasattr(init, "starting_points"):
         full = init.starting_points(num, seed, [(s.name, s.shape) for s in target.all_sites])
         return target.reduce(full).to(target.dtype).detach().clone()
@@ -64,6 +67,28 @@ def starting_points(target: Target, num: int, seed: int, init: Any) -> Tensor:
     if not torch.isfinite(init).all():
         raise ValueError("`init` holds NaN or infinite values")
     return init.to(target.dtype).expand(num, target.dim).detach().clone()
+
+
+def own_starts(target: Target, num: int, seed: int) -> Tensor:
+    """The model's own starting values, then fresh ones for every further point; what they leave open is random.
+
+    Args:
+        target: Target with ``initial_sites``.
+        num: Number of points C.
+        seed: Random seed.
+
+    Returns:
+        (C, P).
+    """
+    first = _like(target, target.initial_sites or {})
+    if num == 1 and all(site.name in first for site in target.all_sites):  # nothing is left to chance
+        return target.ravel(first)[None]
+    chosen = [first]
+    for stream in (random_stream(seed, point) for point in range(1, num)):
+        fresh = target.fresh_sites(int(torch.randint(2**62, (), generator=stream))) if target.fresh_sites else {}
+        chosen.append(_like(target, fresh))
+    points = random_starts(target, num, seed)
+    return torch.stack([target.ravel({**target.unravel(p), **own}) for p, own in zip(points, chosen, strict=True)])
 
 
 def random_starts(target: Target, num: int, seed: int) -> Tensor:
@@ -107,11 +132,9 @@ def layers_of(target: Target) -> tuple[Layer, ...]:
     return find_layers(target.recorded_any(), target.all_sites)
 
 
-def _with_known(target: Target, points: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Sites of each point, and the model's own starting values where it has some, (C, P)."""
-    kind = {"dtype": target.dtype, "device": target.device}
-    known = {k: torch.as_tensor(v, **kind) for k, v in (target.initial_sites or {}).items()}
-    return torch.stack([target.ravel({**point, **known}) for point in points])
+def _like(target: Target, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of sites in the dtype and on the device of a target."""
+    return {k: torch.as_tensor(v, dtype=target.dtype, device=target.device) for k, v in sites.items()}
 
 
 def random_stream(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:

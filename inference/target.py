@@ -49,7 +49,8 @@ class Target(Coordinates):
         at: For a restricted target, the full theta that fixes the rest.
         entries: Where it holds single entries, their positions in the full theta, (P,).
         batch_size: Batch size of the DataLoader the data came from, if any.
-        initial_sites: The model's own starting values by site name, if it has any.
+        initial_sites: The model's own starting values by site name, if it has any: where one point starts.
+        fresh_sites: From a seed to values by site name that further points start at, if the model has any.
         compile: Whether :meth:`log_density_and_grad` goes through Inductor: True, False or "auto".
     """
 
@@ -64,6 +65,7 @@ class Target(Coordinates):
     entries: Tensor | None = None
     batch_size: int | None = None
     initial_sites: Mapping[str, Tensor] | None = None
+    fresh_sites: Callable[[int], Mapping[str, Tensor]] | None = None
     compile: CompileOption = "auto"
 
     @property
@@ -321,14 +323,13 @@ class Target(Coordinates):
         return sample_prior(self, num, seed)
 
     def initial(self, num: int, seed: int = 0, init: Any = None) -> Tensor:
-        """Starting points.
+        """Starting points; see :mod:`inference.starting` for the rule.
 
         Args:
             num: Number of points C.
             seed: Random seed.
-            init: None (the model's own ``initial_sites``, or a random start: layer weights at standard deviation
-                1/sqrt(fan_in), other sites near their prior median), a posterior, a dict of constrained sites, or a
-                tensor (P,) or (C, P).
+            init: None (the first at the model's own ``initial_sites``, if it has any, and the others at random), a
+                posterior, a dict of constrained sites, or a tensor (P,) or (C, P).
 
         Returns:
             (C, P).
@@ -377,7 +378,10 @@ def compile_target(
     programs = Programs(traced)
     own: Any = getattr(model, "initial_sites", None)
     own = own() if callable(own) else own
-    target = Target(programs, x, y, traced.sites, batch_size=loaded, initial_sites=own, compile=compile)
+    fresh: Any = getattr(model, "fresh_sites", None)
+    target = Target(
+        programs, x, y, traced.sites, batch_size=loaded, initial_sites=own, fresh_sites=fresh, compile=compile
+    )
     with torch.no_grad():
         theta = 0.3 * torch.randn(target.dim, generator=target.stream(0), dtype=target.dtype, device=target.device)
         rows = slice(0, None if traced.local_sites else batch_size or loaded)

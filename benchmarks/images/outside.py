@@ -181,7 +181,7 @@ class Trial:
             compile=False,
             progress=False,
         )
-        # A model that was made of a network starts at its weights: every member needs weights of its own.
+        # The first member would start at the trained weights of the model's network: all of them start untrained.
         nets = [lenet(1000 * self.seed + member) for member in range(MEMBERS)]
         start = torch.stack([parameters_to_vector(net.parameters()).detach() for net in nets])
         found = backend.fit(self.model, self.images.x, self.images.y, seed=self.seed, init=start)

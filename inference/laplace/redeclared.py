@@ -39,6 +39,11 @@ class RedeclaredModel:
         """Starting values of the model itself, if it has any."""
         return getattr(self.model, "initial_sites", None)
 
+    @property
+    def fresh_sites(self) -> Any:
+        """Further starting values of the model itself, if it has any."""
+        return getattr(self.model, "fresh_sites", None)
+
 
 class _Redeclare(Messenger):
     """Pyro handler that replaces distributions before they are used."""

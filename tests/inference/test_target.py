@@ -270,7 +270,8 @@ def test_starting_points_come_from_sites_tensors_and_the_models_own() -> None:
 
     model.initial_sites = lambda: {"w": torch.tensor([1.0, 2.0, 3.0])}  # type: ignore[attr-defined]
     own = compile_target(model, X, Y).initial(2)
-    torch.testing.assert_close(own[:, :3], torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3))
+    torch.testing.assert_close(own[0, :3], torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(own[1], target.initial(2)[1])
 
 
 def test_unusable_starting_points_are_refused() -> None:
