@@ -36,7 +36,7 @@ def _case(problem: Problem, x: Tensor, num_draws: int, goal: float, calls: int) 
     generator = torch.Generator().manual_seed(0)
     scales = torch.cat([torch.full(shape, problem.prior_scale(shape)).flatten() for _, shape in problem.sites])
     draws = scales * torch.randn(num_draws, problem.dim, generator=generator)
-    posterior = DrawsPosterior(target, draws[None], backend=NUTS(num_samples=num_draws, num_chains=1))
+    posterior = DrawsPosterior(target, draws[None], backend=NUTS(num_samples=num_draws))
     model, sites = problem.pyro_model(), problem.named(draws)
 
     def pyro(parallel: bool) -> Tensor:

@@ -123,10 +123,16 @@ def make_backends(
     backends: dict[str, Backend] = {}
     for name in names:
         backends[name] = BACKENDS[name].cls(**budget.get(name, {}))
+    asked: dict[str, list[tuple[list[str], Any]]] = {}
+    texts: dict[str, list[str]] = {}
     for text in changes:
         name, path, value = _parse_change(text, backends)
-        with usage(f"--set {text}: "):
-            backends[name] = _changed(backends[name], path, value)
+        asked.setdefault(name, []).append((path, value))
+        texts.setdefault(name, []).append(text)
+    for name, found in asked.items():
+        # At once, since one change may be possible with another only.
+        with usage(f"--set {', '.join(texts[name])}: "):
+            backends[name] = _changed(backends[name], found)
     return backends
 
 
@@ -145,15 +151,21 @@ def _parse_change(text: str, backends: dict[str, Backend]) -> tuple[str, list[st
         return name, path, right.strip()
 
 
-def _changed(owner: Any, path: list[str], value: Any) -> Any:
-    """A copy with one field changed; ``path`` leads through fields that hold backends (``start.num_steps``)."""
+def _changed(owner: Any, changes: Iterable[tuple[list[str], Any]]) -> Any:
+    """A copy with fields changed; their paths lead through fields that hold backends (``start.num_steps``)."""
     fields = [f.name for f in dataclasses.fields(owner) if f.name != "progress"]
-    head, *rest = path
-    if head not in fields:
-        raise UsageError(f"{type(owner).__name__} has no {head!r}: {did_you_mean(head, fields, 'hyperparameters')}")
-    if rest:
-        inner = getattr(owner, head)
+    values: dict[str, Any] = {}
+    inside: dict[str, list[tuple[list[str], Any]]] = {}
+    for (head, *rest), value in changes:
+        if head not in fields:
+            raise UsageError(f"{type(owner).__name__} has no {head!r}: {did_you_mean(head, fields, 'hyperparameters')}")
+        if rest:
+            inside.setdefault(head, []).append((rest, value))
+        else:
+            values[head] = value
+    for head, further in inside.items():
+        inner = values.get(head, getattr(owner, head))
         if not dataclasses.is_dataclass(inner):
-            raise UsageError(f"{type(owner).__name__}.{head} is {inner!r}, which has no {rest[0]!r}")
-        value = _changed(inner, rest, value)
-    return dataclasses.replace(owner, **{head: value})
+            raise UsageError(f"{type(owner).__name__}.{head} is {inner!r}, which has no {further[0][0][0]!r}")
+        values[head] = _changed(inner, further)
+    return dataclasses.replace(owner, **values)

@@ -47,7 +47,7 @@ _LINEAR: dict[str, dict[str, Any]] = {
     "deep_ensemble": {"num_steps": 2000, "num_members": 5},
     "svgd": {"num_particles": 50, "num_steps": 500},
     "pyro_guide_vi": {"num_steps": 1000},
-    "pyro_mcmc": {"num_samples": 100, "warmup_steps": 100, "num_chains": 1},
+    "pyro_mcmc": {"num_samples": 50, "warmup_steps": 100},
 }
 _MLP: dict[str, dict[str, Any]] = {
     **_LINEAR,

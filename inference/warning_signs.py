@@ -61,6 +61,23 @@ def single_chain_signs(chains: int) -> list[str]:
     return ["one chain cannot show whether it has mixed: R-hat compares chains; run at least 2, better 4"]
 
 
+def refuse_one_chain(chains: int, allowed: bool) -> None:
+    """Raise where a single chain is asked for, unless that is meant.
+
+    Args:
+        chains: Number of chains C.
+        allowed: Whether it is meant.
+
+    Raises:
+        ValueError: If there is one chain and it is not allowed.
+    """
+    if chains == 1 and not allowed:
+        raise ValueError(
+            "`num_chains`=1: R-hat compares chains, so that one alone cannot show whether it has mixed; run at least "
+            "2, better 4, or set `allow_one_chain=True` to have one and be warned"
+        )
+
+
 def size_signs(what: str, bulk: Floats, tail: Floats, chains: int, length: int) -> list[str]:
     """Whether there are too few effective draws for means and tails.
 

@@ -60,7 +60,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "deep_ensemble": {"num_members": 1, "num_steps": 1},
     "svgd": {"num_particles": 1, "num_steps": 1},
     "pyro_guide_vi": {"num_samples": 1, "num_steps": 1},
-    "pyro_mcmc": {"num_samples": 1, "warmup_steps": 0, "num_chains": 1},
+    "pyro_mcmc": {"num_samples": 1, "warmup_steps": 0, "num_chains": 2},
 }
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import inference
 from inference import BACKENDS, CapabilityError, Posterior, Subset, UnsupportedModelError, compile_target, storage
+from inference.errors import ConvergenceWarning
 from inference.posterior import DrawsPosterior, GaussianPosterior
 from tests.budgets import CHEAP, SMALLEST, cheap
 from tests.cases import CASES, Case, N, X, Y
@@ -389,11 +390,20 @@ def test_a_backend_without_a_temperature_refuses_it_by_name(name, field):
 def test_a_chain_does_not_depend_on_the_chains_beside_it(name):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "one chain cannot show")
-        alone, beside = fit_main(name, num_chains=1), fitted(name)
+        alone, beside = fit_main(name, num_chains=1, allow_one_chain=True), fitted(name)
     assert alone.draws.shape == (1, 6, 4)
     assert beside.draws.shape == (2, 6, 4)
     torch.testing.assert_close(alone.draws[0], beside.draws[0], rtol=1e-8, atol=1e-8)
     assert not torch.isclose(beside.draws[0], beside.draws[1]).all()
+
+
+@pytest.mark.parametrize("name", with_capability("chains"))
+def test_a_single_chain_is_refused_before_any_sampling_unless_it_is_asked_for_twice(name):
+    with pytest.raises(ValueError, match="`num_chains`=1: R-hat compares chains.*better 4, or set `allow_one_chain"):
+        cheap(name, num_chains=1)
+    with pytest.warns(ConvergenceWarning, match="one chain cannot show whether it has mixed"):
+        posterior = fit_main(name, num_chains=1, allow_one_chain=True)
+    assert sum("one chain" in text for _, text in posterior.info.warnings) == 1
 
 
 @pytest.mark.parametrize("name", without_capability("chains"))

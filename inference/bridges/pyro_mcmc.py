@@ -15,10 +15,11 @@ from torch import Tensor
 
 from inference.backend import Backend, Run, check_integer
 from inference.bridges.pyro_guide import conditioned_model
-from inference.errors import DivergenceWarning, NonFiniteError
+from inference.errors import ConvergenceWarning, DivergenceWarning, NonFiniteError
 from inference.posterior import DrawsPosterior, Posterior
 from inference.target import Target
 from inference.tracing import isolated
+from inference.warning_signs import refuse_one_chain, single_chain_signs
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class PyroMCMC(Backend):
         options: Keyword arguments of the kernel, such as ``{"max_tree_depth": 6}``.
         num_samples: Draws per chain.
         warmup_steps: Warm-up draws per chain.
-        num_chains: Number of chains, run one after another.
+        num_chains: Number of chains, run one after another; at least 2 unless ``allow_one_chain``.
+        allow_one_chain: Take ``num_chains=1``, which no R-hat can vouch for, with a warning instead of an error.
     """
 
     kernel: str | Callable[..., Any] = "NUTS"
     options: Mapping[str, Any] = field(default_factory=dict)
     num_samples: int = 1000
     warmup_steps: int = 1000
-    num_chains: int = 1
+    num_chains: int = 2
+    allow_one_chain: bool = False
 
     family: ClassVar[str] = "bridges"
     bias: ClassVar[str] = "asymptotically exact; runs at Pyro's speed"
@@ -49,6 +52,7 @@ class PyroMCMC(Backend):
         super().__post_init__()
         check_integer(self, "num_samples", "num_chains")
         check_integer(self, "warmup_steps", minimum=0)
+        refuse_one_chain(self.num_chains, self.allow_one_chain)
         if not isinstance(self.kernel, str) and not callable(self.kernel):
             raise TypeError(f"`kernel` must be a name or a class of pyro.infer.mcmc, got {self.kernel!r}")
         if isinstance(self.kernel, str) and not hasattr(pyro.infer.mcmc, self.kernel):
@@ -70,6 +74,8 @@ class PyroMCMC(Backend):
         Raises:
             NonFiniteError: If the log density is not finite at a starting point.
         """
+        for sign in single_chain_signs(self.num_chains):
+            run.warn(ConvergenceWarning, sign)
         starts = target.initial(self.num_chains, run.seed, run.init)
         for chain, start in enumerate(starts):
             if not torch.isfinite(value := target.log_density(start)):

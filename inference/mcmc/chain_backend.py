@@ -22,7 +22,7 @@ from inference.mixtures import location
 from inference.partial import PartialDrawsPosterior, packed_sites
 from inference.posterior import DrawsPosterior
 from inference.target import Target, check_new_inputs
-from inference.warning_signs import MANY_CHAINS, MIN_DRAWS, single_chain_signs
+from inference.warning_signs import MANY_CHAINS, MIN_DRAWS, refuse_one_chain, single_chain_signs
 
 # First random stream of the chains. Streams 0..C-1 chose the starting points; the next seed begins a million on.
 STREAM = 100_000
@@ -36,7 +36,7 @@ class ChainBackend(Backend):
     Attributes:
         num_samples: Iterations per chain after warm-up; every ``thinning``-th is kept, so S is their quotient.
         warmup_steps: Discarded iterations per chain, in which the method adapts.
-        num_chains: Chains C.
+        num_chains: Chains C, at least 2 unless ``allow_one_chain``.
         thinning: Keep every k-th draw. Statistics of the draws in between are summed up: divergences by "any",
             leapfrogs by their sum, acceptance by its mean.
         keep: Site pattern(s) as in ``fnmatch``; only matching sites are kept. Such a posterior diagnoses and converts
@@ -49,6 +49,7 @@ class ChainBackend(Backend):
             to the same draws, to the bit, as without the interruption; it may ask for more ``num_samples``.
         checkpoint_every: Iterations of a chain between two checkpoints.
         max_seconds: Stop after this time with the draws so far; None for no limit.
+        allow_one_chain: Take ``num_chains=1``, which no R-hat can vouch for, with a warning instead of an error.
     """
 
     num_samples: int = 1000
@@ -61,6 +62,7 @@ class ChainBackend(Backend):
     checkpoint: str | os.PathLike[str] | None = None
     checkpoint_every: int = 100
     max_seconds: float | None = None
+    allow_one_chain: bool = False
 
     family: ClassVar[str] = "mcmc"
     needs: ClassVar[frozenset[str]] = frozenset({"gradients", "full batch"})
@@ -70,6 +72,7 @@ class ChainBackend(Backend):
         super().__post_init__()
         check_integer(self, "num_samples", "num_chains", "thinning", "checkpoint_every", minimum=1)
         check_integer(self, "warmup_steps", minimum=0)
+        refuse_one_chain(self.num_chains, self.allow_one_chain)
         check_positive(self, "max_seconds")
         if self.thinning > self.num_samples:
             raise ValueError(

@@ -97,7 +97,7 @@ class ChEESHMC(ChainBackend):
             )
         if self.adapt and self.num_chains == 1:
             raise ValueError(
-                "`num_chains` must be >= 2 where the length is learnt across chains, got 1; use NUTS for one chain"
+                "`num_chains` must be >= 2 where the length is learnt across chains, got 1; use NUTS for a single one"
             )
         if not self.adapt and None in (self.step_size, self.trajectory_length):
             raise ValueError(

@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
+from bnn_zoo.budgets import make_backends
 from bnn_zoo.cli import app
 from bnn_zoo.data import available
+from inference import NUTS
 from inference.registry import BACKENDS
 from tests.bnn_zoo.tiny import settings
 
@@ -134,6 +136,7 @@ COMPARE = ("compare", "--backends", "map", "--out", "never")
         ((*COMPARE, "--data", "energy", "--set", "map.num_step=5"), "did you mean 'num_steps'"),
         ((*COMPARE, "--data", "energy", "--set", "map.num_steps=-5"), "`num_steps` must be an integer >= 1, got -5"),
         ((*COMPARE, "--data", "energy", "--set", "nuts.num_samples=5"), "'nuts' is not in this comparison"),
+        (("fit", "nuts", "--data", "energy", "--out", "never", "--set", "nuts.num_chains=1"), "`allow_one_chain=True`"),
         ((*COMPARE, "--data", "energy", "--set", "num_steps"), "must look like nuts.num_samples=500"),
         ((*COMPARE, "--data", "energy", "--split", "99"), "99"),
         ((*COMPARE, "--data", "energy", "--overwrite", "--resume"), "give one of them"),
@@ -154,6 +157,12 @@ def test_what_a_user_gets_wrong_is_one_line_and_code_2(
     monkeypatch.chdir(tmp_path)
     assert text in refused(*arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_changes_that_are_possible_together_only_may_come_in_any_order(order: int) -> None:
+    changes = ["nuts.num_chains=1", "nuts.allow_one_chain=True", "nuts.num_samples=7"][::order]
+    assert make_backends(["nuts"], {}, changes)["nuts"] == NUTS(num_chains=1, allow_one_chain=True, num_samples=7)
 
 
 def test_saved_runs_and_predictions_are_not_replaced_unasked(fitted: Path, houses: Path, tmp_path: Path) -> None:

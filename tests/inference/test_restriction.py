@@ -121,4 +121,4 @@ def test_entries_that_cannot_be_kept_are_refused() -> None:
 def test_pyros_own_kernels_refuse_single_entries() -> None:
     _, part, _ = _target()
     with pytest.raises(UnsupportedModelError, match="move whole sites, not single entries"):
-        PyroMCMC(num_samples=4, warmup_steps=0, num_chains=1, **QUIET).fit_to(part)
+        PyroMCMC(num_samples=4, warmup_steps=0, **QUIET).fit_to(part)

@@ -243,7 +243,11 @@ def test_a_mean_acceptance_far_below_its_target_warns() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_chains": 1}, "`num_chains` must be >= 2 where the length is learnt across chains, got 1"),
+        ({"num_chains": 1}, "`num_chains`=1: R-hat compares chains"),
+        (
+            {"num_chains": 1, "allow_one_chain": True},
+            "`num_chains` must be >= 2 where the length is learnt across chains, got 1",
+        ),
         ({"warmup_steps": 0}, "`warmup_steps` must be >= 1 where step size and length are learnt, got 0"),
         ({"adapt": False, "step_size": 0.1}, "give both, got 0.1 and None"),
         ({"temperature": 0.0}, "`temperature` must be > 0, got 0.0"),

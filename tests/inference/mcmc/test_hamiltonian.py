@@ -119,7 +119,7 @@ def test_no_warmup_without_a_step_size_is_refused(backend: type[HamiltonianBacke
 
 def test_a_single_chain_warns_before_it_samples_and_is_not_trusted() -> None:
     x, y = data()
-    backend = NUTS(num_samples=100, warmup_steps=50, num_chains=1, compile=False)
+    backend = NUTS(num_samples=100, warmup_steps=50, num_chains=1, allow_one_chain=True, compile=False)
     with pytest.warns(ConvergenceWarning, match="one chain cannot show whether it has mixed"):
         posterior = backend.fit(linear, x, y, seed=0)
     found = posterior.diagnose()

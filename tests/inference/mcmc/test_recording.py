@@ -190,6 +190,7 @@ def test_a_million_weights_need_no_room_for_their_draws(tmp_path: Path) -> None:
         num_samples=200,
         warmup_steps=0,
         num_chains=1,
+        allow_one_chain=True,
         num_leapfrogs=1,
         step_size=0.01,
         adapt_step_size=False,
