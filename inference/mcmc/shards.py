@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from inference.data import Tree, index
+from inference.double import with_precise_prior
 from inference.graph import CompileOption, hot
 from inference.mcmc.integrators import (
     GRADIENT,
@@ -88,15 +90,23 @@ class ShardedDensity:
         return slice(shard * num // self.num_shards, (shard + 1) * num // self.num_shards)
 
     def density(self, shard: int) -> Callable[..., Tensor]:
-        """Log density of one shard: theta (P,), x and y of all data, to () nats in float64."""
+        """Log density of one shard: theta (P,), x and y of all data, to () nats in float64 with its sums."""
         target, rows = self.target, self.rows(shard)
+        joint = self._joints[rows.stop - rows.start]
 
         def log_density(theta: Tensor, x: Tree, y: Tensor) -> Tensor:
-            prior, likelihood = target.programs.joint(target.expand(theta), index(x, rows), y[rows])
+            leaves = [leaf.contiguous() for leaf in pytree.tree_leaves((index(x, rows), y[rows]))]
+            prior, likelihood = joint(target.expand(theta).contiguous(), *leaves)
             tempered = likelihood.double().sum() / target.likelihood_temperature
             return (prior.double() / self.num_shards + tempered) / target.temperature
 
         return log_density
+
+    @cached_property
+    def _joints(self) -> dict[int, fx.GraphModule]:
+        """Log prior and log-likelihood with float64 sums, by number of data; a prior is summed once per shard."""
+        sizes = {rows.stop - rows.start for rows in map(self.rows, range(self.num_shards))}
+        return {size: with_precise_prior(self.target.recorded(size)) for size in sizes}
 
 
 def shard_gradients(density: ShardedDensity, num_chains: int, x: Tree, y: Tensor) -> list[ShardGradients]:

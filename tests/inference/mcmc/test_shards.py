@@ -5,14 +5,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from inference.double import in_double
 from inference.errors import UnsupportedModelError
 from inference.mcmc import HMC
 from inference.mcmc.hamiltonian import precise_log_density
 from inference.mcmc.integrators import leapfrog_program
-from inference.mcmc.shards import ShardedDensity, accumulated, shard_gradients, shard_program, split_step
+from inference.mcmc.shards import (
+    IntegratorName,
+    ShardedDensity,
+    accumulated,
+    shard_gradients,
+    shard_program,
+    split_step,
+)
 from inference.target import Target, compile_target
 from tests.cases import CASES
 from tests.inference.mcmc.test_hamiltonian import data, linear
+from tests.inference.test_double import wide_model
 
 ONES = torch.ones(1, 3)
 
@@ -100,6 +109,34 @@ def test_shards_add_up_to_the_density_of_all_the_data(name: str) -> None:
         assert float(value[c]) == pytest.approx(float(expected), rel=1e-12)
         torch.testing.assert_close(grad[c], expected_grad, rtol=1e-10, atol=1e-10)
         assert float(density(theta, *density.data)) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("integrator", ["leapfrog", "split"])
+def test_shards_sum_their_priors_in_float64(integrator: IntegratorName) -> None:
+    x = torch.ones(7, dtype=torch.float32)
+    target = compile_target(wide_model, x, x)
+    density, twin = ShardedDensity(target, 3, integrator), in_double(target)
+    theta = 0.01 * torch.randn(target.dim, generator=torch.Generator().manual_seed(0)).float()
+    points = torch.stack([theta, *(theta + nudge for nudge in torch.linspace(1e-5, 1e-4, 10, dtype=torch.float32))])
+    exact = torch.stack([twin.log_density(p) for p in points.double()])
+    # Constants are those of float32, so what counts is the difference between two points.
+    expected = exact[1:] - exact[0]
+    value, grad = accumulated(shard_gradients(density, len(points), x, x))(points)
+    alone = torch.stack([density(p, *density.data) for p in points])
+    for found in (value, alone):
+        assert found.dtype == torch.float64
+        assert float((found[1:] - found[0] - expected).abs().max()) < 1e-3
+    assert grad.dtype == torch.float32
+    single = torch.stack([target.log_density(p) for p in points])
+    assert float((single[1:] - single[0] - expected).abs().max()) > 1e-2
+    if integrator == "split":
+        block, mass = torch.zeros(4, 1, target.dim, dtype=torch.float32), torch.ones(1, target.dim, dtype=torch.float32)
+        block[0], block[2] = theta, shard_gradients(density, 1, x, x)[0](theta[None])[1]
+        rows, _, scalars = shard_program(density, block, mass)(
+            block, torch.tensor([1e-6]).float(), mass, mass.new_zeros(2, 1, 0, target.dim)
+        )
+        moved = twin.log_density(rows[0, 0].double()) - exact[0]
+        assert abs(float(scalars[0, 0] - alone[0] - moved)) < 1e-3
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 12])
