@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
+
+from inference.peak_memory import PeakMemory
 
 
 @dataclass
@@ -17,7 +16,8 @@ class FitInfo:
     Attributes:
         gradients: Gradient evaluations, in passes over the full data (a minibatch of B counts B/N).
         seconds: Wall time.
-        peak_bytes: Highest resident memory above that at the start of the fit.
+        peak_bytes: Highest resident memory above that at the start of the fit; see :mod:`inference.peak_memory` for
+            what it leaves out.
         warnings: (class name, text) of every warning.
         extra: Figures of the method itself, JSON-serialisable.
     """
@@ -86,31 +86,21 @@ class Bar:
 
 
 class Measured:
-    """Wall time and the highest resident memory above the start, sampled every 20 ms."""
+    """Wall time and the highest resident memory above the start, as a context manager.
+
+    Args:
+        info: Where they are written.
+    """
 
     def __init__(self, info: FitInfo) -> None:
         self.info = info
-        self._stop = threading.Event()
+        self._memory = PeakMemory()
 
     def __enter__(self) -> None:
-        self._start, self._base = time.perf_counter(), _resident()
-        self._peak = self._base
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> Iterator[None] | None:
-        while not self._stop.wait(0.02):
-            self._peak = max(self._peak, _resident())
-        return None
+        self._memory.__enter__()
+        self._start = time.perf_counter()
 
     def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
         self.info.seconds = time.perf_counter() - self._start
-        self.info.peak_bytes = max(self._peak, _resident()) - self._base
-
-
-def _resident() -> int:
-    """Resident bytes of this process (0 where the system does not say)."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
+        self._memory.__exit__(*exc)
+        self.info.peak_bytes = self._memory.bytes
