@@ -108,7 +108,8 @@ class GaussianPosterior(Posterior):
             seed: Random seed.
             chunk_size: Draws that advance together.
             link: Class probabilities of a linearised network: "monte_carlo" (an average over draws of the logits),
-                "probit" or "laplace_bridge" (closed forms, without draws); see :mod:`inference.links`.
+                "probit", "laplace_bridge" or "laplace_bridge_norm" (closed forms, without draws); see
+                :mod:`inference.links`.
 
         Returns:
             The prediction.

@@ -10,12 +10,17 @@ logits of sum 0, :math:`\mu = C f` and :math:`V = C\,\mathrm{Cov}(f)\,C` with :m
 * Laplace bridge (Hobbhahn et al. 2022):
 
   .. math:: \alpha_k = \frac{1}{V_{kk}} \Big(1 - \frac{2}{K} + \frac{e^{\mu_k}}{K^2} \sum_l e^{-\mu_l}\Big),
-            \qquad p \sim \mathrm{Dirichlet}(\alpha).
+            \qquad p \sim \mathrm{Dirichlet}(\alpha);
+
+* its normalised form, the mean of that Dirichlet for :math:`\mu / \sqrt{c}` and :math:`V / c` with
+  :math:`c = \frac1K \sum_k V_{kk} \big/ \sqrt{K/2}`, read in laplace-torch (its "bridge_norm").
 
 Probit is the more accurate: off by at most 0.015 for two classes; with more it ignores covariances of logits (off by
 0.003 to 0.07 on average over random Gaussians of 3 and 10 logits). The bridge is a Dirichlet, so entropies and
 variances come with it, but its mean is not softmax(mu) as V goes to 0 with three and more classes, and for two classes
-it is sigmoid(m) *whatever* v. References: MacKay (1992); Hobbhahn et al. (2022) [recalled, not re-read].
+it is sigmoid(m) *whatever* v. Normalised it softens the mean where outputs are wide (c > 1), and makes it surer than
+the network alone where they are narrow, without bound as V goes to 0; its Dirichlet no longer knows how large V was, so
+its mean alone is offered. References: MacKay (1992); Hobbhahn et al. (2022) [recalled, not re-read].
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from inference.observation import LikelihoodFamily
 from inference.prediction import Prediction
 from inference.target import Target
 
-Link = Literal["monte_carlo", "probit", "laplace_bridge"]
+Link = Literal["monte_carlo", "probit", "laplace_bridge", "laplace_bridge_norm"]
 LINKS: tuple[str, ...] = get_args(Link)
 _LARGEST_LOG = 60.0
 
@@ -124,6 +129,20 @@ def bridge_log_concentration(mean: Tensor, variance: Tensor) -> Tensor:
     return spread - variance.clamp(min=torch.finfo(mean.dtype).eps ** 2).log()
 
 
+def normalised(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in the unit of their width, for the normalised Laplace bridge.
+
+    Args:
+        mean: Mean of logits whose sum is 0, (..., K).
+        variance: Their variances, (..., K).
+
+    Returns:
+        Mean and variances, (..., K), of logits whose average variance is sqrt(K / 2); finite also where it was 0.
+    """
+    width = (variance.mean(-1, keepdim=True) * (2 / mean.shape[-1]) ** 0.5).clamp(min=torch.finfo(mean.dtype).eps ** 2)
+    return mean * width.rsqrt(), variance / width
+
+
 class LinkedSource(LinearisedSource):
     """One component whose class probabilities are those of a link.
 
@@ -131,7 +150,7 @@ class LinkedSource(LinearisedSource):
         target: The model.
         gaussian: Gaussian over theta; its mean is the linearisation point.
         x: Inputs, every leaf (N, ...).
-        link: "probit" or "laplace_bridge".
+        link: "probit", "laplace_bridge" or "laplace_bridge_norm".
     """
 
     def __init__(self, target: Target, gaussian: FlatGaussian, x: Tree, link: str) -> None:
@@ -146,7 +165,10 @@ class LinkedSource(LinearisedSource):
         if self.link == "probit":
             logits = probit_logits(mean, spread if num == 2 else spread * (num / (num - 1)))
         else:
-            logits = bridge_log_concentration(mean, spread.diagonal(dim1=-2, dim2=-1))
+            variance = spread.diagonal(dim1=-2, dim2=-1)
+            if self.link == "laplace_bridge_norm":
+                mean, variance = normalised(mean, variance)
+            logits = bridge_log_concentration(mean, variance)
         if self.family.kind == "bernoulli":
             logits = logits[..., 1] - logits[..., 0]
         else:
@@ -156,7 +178,7 @@ class LinkedSource(LinearisedSource):
     def moments(self, rows: slice, params: Params) -> Moments:
         """Moments of y, split by the Dirichlet's variance where there is one; those of f are exact."""
         found = super().moments(rows, params)
-        if self.link == "probit":
+        if self.link != "laplace_bridge":
             return found
         shape = found.mean.shape if self.family.kind == "bernoulli" else (*found.mean.shape[:-1], 1)
         share = (1 / (1 + self._concentration(rows).sum(-1))).reshape(shape)
@@ -186,7 +208,7 @@ class LinkedPrediction(Prediction):
         target: The model.
         gaussian: Gaussian over theta; its mean is the linearisation point.
         x: Inputs, every leaf (N, ...).
-        link: "probit" or "laplace_bridge".
+        link: "probit", "laplace_bridge" or "laplace_bridge_norm".
         seed: Seed of :meth:`sample`.
 
     Raises:
@@ -229,13 +251,13 @@ class LinkedPrediction(Prediction):
 
     def _entropies(self, rows: slice, params: Params) -> tuple[Tensor, Tensor]:
         probs, entropy = super()._entropies(rows, params)
-        return probs, entropy if self.link == "probit" else self._linked.expected_entropy(rows)
+        return probs, self._linked.expected_entropy(rows) if self.link == "laplace_bridge" else entropy
 
     def _need_distribution(self, name: str) -> None:
-        if self.link == "probit":
+        if self.link != "laplace_bridge":
             raise CapabilityError(
-                f'`{name}` needs a distribution over class probabilities, and link="probit" gives their mean alone; '
-                'use link="laplace_bridge" or "monte_carlo"'
+                f'`{name}` needs a distribution over class probabilities, and link="{self.link}" gives their mean '
+                'alone; use link="laplace_bridge" or "monte_carlo"'
             )
 
 

@@ -16,14 +16,14 @@ import inference
 from inference import MAP, DeepEnsemble, DenseLaplace, DiagonalLaplace, GaussianPosterior
 from inference.distributions import DenseGaussian
 from inference.errors import CapabilityError
-from inference.links import bridge_log_concentration, centred, probit_logits
+from inference.links import bridge_log_concentration, centred, normalised, probit_logits
 from inference.target import Target, compile_target
 from tests.cases import normal
 from tests.tolerances import z_limit
 
 N = 9
 QUIET: dict[str, Any] = {"compile": False, "progress": False}
-CLOSED = ["probit", "laplace_bridge"]
+CLOSED = ["probit", "laplace_bridge", "laplace_bridge_norm"]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -60,11 +60,20 @@ def _bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     return bridge_log_concentration(mean, covariance.diagonal(dim1=-2, dim2=-1))
 
 
+def _bridge_norm(mean: Tensor, covariance: Tensor) -> Tensor:
+    """log alpha of logits as they come, in the unit of their width."""
+    mean, covariance = centred(mean, covariance)
+    return bridge_log_concentration(*normalised(mean, covariance.diagonal(dim1=-2, dim2=-1)))
+
+
 def _probit(mean: Tensor, covariance: Tensor) -> Tensor:
     """Logits of probit of logits as they come."""
     num = mean.shape[-1]
     mean, covariance = centred(mean, covariance)
     return probit_logits(mean, covariance * (1.0 if num == 2 else num / (num - 1)))
+
+
+FORMULAS = {"probit": _probit, "laplace_bridge": _bridge, "laplace_bridge_norm": _bridge_norm}
 
 
 # -- formulas ----------------------------------------------------------------------
@@ -161,11 +170,32 @@ def test_the_bridges_mean_of_two_classes_does_not_see_the_variance() -> None:
         torch.testing.assert_close(found, mean.softmax(-1))
 
 
+def test_the_normalised_bridge_is_the_published_one_for_logits_that_are_alike() -> None:
+    mean, num = _random(5, 4), 4
+    covariance = 7.0 * torch.eye(num).expand(5, num, num)
+    f = mean - mean.mean(-1, keepdim=True)  # what is published subtracts V 1 (1'f) / (1'V 1), the same here
+    variance = covariance - 7.0 / num
+    scale = variance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) / (num / 2) ** 0.5
+    f, diagonal = f / scale.sqrt(), variance.diagonal(dim1=-2, dim2=-1) / scale
+    alpha = (1 - 2 / num + f.exp() / num**2 * (-f).exp().sum(-1, keepdim=True)) / diagonal
+    torch.testing.assert_close(_bridge_norm(mean, covariance).exp(), alpha)
+
+
+def test_normalising_the_bridge_softens_wide_outputs_and_sharpens_narrow_ones() -> None:
+    mean = torch.tensor([1.5, 0.0])
+    wide, narrow = (_bridge_norm(mean, size * torch.eye(2)).softmax(-1)[0] for size in (32.0, 0.02))
+    # c = v / 2 for two logits of variance v, so that sigmoid(m) becomes sigmoid(m sqrt(2 / v)).
+    assert float(wide) == pytest.approx(float(torch.tensor(1.5 / 4).sigmoid()), abs=1e-12)
+    assert float(narrow) == pytest.approx(float(torch.tensor(15.0).sigmoid()), abs=1e-12)
+    exact = _expected_sigmoid(torch.tensor(1.5), torch.tensor(64.0))
+    assert abs(float(wide - exact)) < 0.03 < 0.2 < float(mean.softmax(-1)[0] - exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_variances_and_huge_logits_stay_finite(dtype: torch.dtype) -> None:
     mean = torch.tensor([[300.0, -300.0, 0.0], [0.1, 0.2, 0.3]], dtype=dtype)
     for covariance in (torch.zeros(2, 3, 3, dtype=dtype), torch.eye(3, dtype=dtype).expand(2, 3, 3)):
-        for logits in (probit_logits(mean, covariance), _bridge(mean, covariance)):
+        for logits in (probit_logits(mean, covariance), _bridge(mean, covariance), _bridge_norm(mean, covariance)):
             assert torch.isfinite(logits.softmax(-1)).all()
             torch.testing.assert_close(logits.softmax(-1).sum(-1), torch.ones(2, dtype=dtype))
 
@@ -174,7 +204,7 @@ def test_the_arguments_are_left_as_they_are() -> None:
     mean, covariance = _random(5, 3), _spread(5, 3)
     before = mean.clone(), covariance.clone()
     probit_logits(mean, covariance)
-    _bridge(mean, covariance)
+    _bridge_norm(mean, covariance)
     assert torch.equal(mean, before[0])
     assert torch.equal(covariance, before[1])
 
@@ -239,11 +269,7 @@ def _posterior(name: str, size: float = 0.3) -> tuple[GaussianPosterior, Tensor,
 def test_class_probabilities_are_those_of_the_dense_formula(name: str, link: str) -> None:
     posterior, eta, covariance = _posterior(name)
     found = posterior.predict(X, link=link)
-    formulas = {
-        "probit": _probit(eta, covariance),
-        "laplace_bridge": _bridge(eta, covariance),
-    }
-    torch.testing.assert_close(found.probs, formulas[link].softmax(-1))
+    torch.testing.assert_close(found.probs, FORMULAS[link](eta, covariance).softmax(-1))
     torch.testing.assert_close(found.mean, found.probs)
     torch.testing.assert_close(found.f_mean, eta)
     torch.testing.assert_close(found.f_variance, covariance.diagonal(dim1=-2, dim2=-1))
@@ -313,7 +339,7 @@ def test_several_labels_of_several_classes_are_taken_one_by_one(link: str) -> No
     found = posterior.predict(X, link=link)
     assert found.probs.shape == (N, 2, 3)
     covariance = posterior.function_covariance(X).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    formula = _probit if link == "probit" else _bridge
+    formula = FORMULAS[link]
     for label in range(2):
         part = slice(3 * label, 3 * label + 3)
         expected = formula(found.f_mean.reshape(N, 6)[:, part], covariance[:, part, part]).softmax(-1)
@@ -371,10 +397,11 @@ def test_a_loaded_posterior_has_the_links_of_the_saved_one(link: str, tmp_path: 
 # -- refusals ----------------------------------------------------------------------
 
 
-def test_probit_has_no_distribution_of_probabilities_and_says_so() -> None:
-    found = _posterior("three_classes")[0].predict(X, link="probit")
+@pytest.mark.parametrize("link", ["probit", "laplace_bridge_norm"])
+def test_links_without_a_distribution_of_probabilities_say_so(link: str) -> None:
+    found = _posterior("three_classes")[0].predict(X, link=link)
     for name in ("aleatoric_variance", "epistemic_variance", "aleatoric_entropy", "mutual_information"):
-        with pytest.raises(CapabilityError, match='needs a distribution over class probabilities.*"laplace_bridge"'):
+        with pytest.raises(CapabilityError, match=f'needs a distribution .*"{link}" gives.*"laplace_bridge"'):
             getattr(found, name)
 
 
@@ -399,7 +426,9 @@ def test_a_posterior_that_is_not_linearised_is_refused_by_name(backend: Any) -> 
 
 def test_unknown_links_and_numbers_of_samples_for_closed_forms_are_refused() -> None:
     posterior, _, _ = _posterior("two_classes")
-    with pytest.raises(ValueError, match='`link` must be one of "monte_carlo", "probit", "laplace_bridge", got \'mc\''):
+    with pytest.raises(
+        ValueError, match='`link` must be one of "monte_carlo", "probit", "laplace_bridge", .*got \'mc\''
+    ):
         posterior.predict(X, link="mc")
     with pytest.raises(ValueError, match=r'`num_samples` is for link="monte_carlo": link="probit" draws nothing'):
         posterior.predict(X, link="probit", num_samples=10)
