@@ -98,12 +98,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
         used = [u for u in node.users if u not in values]
         if node.op == "get_attr" or not used or not isinstance(value, Tensor):
             continue
-        name = _free_name(module)
-        module.register_buffer(name, value)
-        with graph.inserting_before(node):
-            constant = graph.get_attr(name)
-        constant.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(constant)
+        node.replace_all_uses_with(_constant(module, value, node))
     graph.eliminate_dead_code()
 
 
@@ -139,6 +134,10 @@ def _drop_identities(module: fx.GraphModule) -> None:
         same = _same_as(module, node, frozen)
         if same is not None:
             node.replace_all_uses_with(same)
+        elif (number := _scattered_total(module, node, frozen)) is not None:
+            value: Tensor = node.meta["val"]
+            filled = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            node.replace_all_uses_with(_constant(module, filled.fill_(number), node))
         elif node.target is aten.sum.default:
             node.args = (_source_of_total(node, frozen), *node.args[1:])
         elif node.target is aten.sum.dim_IntList and _sums_nothing(node):
@@ -196,6 +195,8 @@ def _same_as(module: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> fx.
             return _if_alike(source.args[0], node)
         if node.target is aten.log.default and source.target is aten.exp.default:
             return _if_alike(source.args[0], node)
+        if node.target is aten.slice.Tensor and source.target is aten.expand.default:
+            return _if_alike(source.args[0], node)  # of what was expanded nothing is missing if the shape is the same
         if node.target in RESHAPES:
             return _if_alike(source, node) or _before_reshapes(source, node, frozen)
     if node.target in _VIEWS:
@@ -264,6 +265,22 @@ def _source_of_total(node: fx.Node, frozen: set[fx.Node]) -> Any:
     return source
 
 
+def _scattered_total(module: fx.GraphModule, node: fx.Node, frozen: set[fx.Node]) -> float | None:
+    """The number that a sum finds in every row, if one was scattered into each: the gradient of log p of a class."""
+    source: Any = node.args[0] if node.target is aten.sum.dim_IntList and not node.kwargs else None
+    if not isinstance(source, fx.Node) or source.target is not aten.scatter_add.default or source in frozen:
+        return None
+    zeros, dim, places, numbers = source.args
+    rows, index = value_of(zeros), value_of(places)
+    if rows is None or index is None or uniform(module, zeros) != 0:
+        return None
+    expected = list(rows.shape)
+    expected[dim] = 1  # type: ignore[index]
+    summed: Any = node.args[1]
+    once = list(index.shape) == expected and [d % rows.dim() for d in summed] == [dim % rows.dim()]  # type: ignore[operator]
+    return uniform(module, numbers) if once else None
+
+
 def _sums_nothing(node: fx.Node) -> bool:
     """Whether a sum runs over dimensions of size one only and a view gives its result."""
     dims: Any = node.args[1]
@@ -297,6 +314,16 @@ def _own_outputs(graph: fx.Graph, roots: list[fx.Node | None]) -> None:
                 outs[i] = graph.call_function(aten.clone.default, (out,))
             outs[i].meta["val"] = out.meta["val"]
     output.args = (outs,)
+
+
+def _constant(module: fx.GraphModule, value: Tensor, node: fx.Node) -> fx.Node:
+    """A new constant that can stand for a node."""
+    name = _free_name(module)
+    module.register_buffer(name, value)
+    with module.graph.inserting_before(node):
+        constant = module.graph.get_attr(name)
+    constant.meta["val"] = node.meta["val"]
+    return constant
 
 
 def _free_name(module: fx.GraphModule) -> str:

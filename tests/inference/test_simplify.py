@@ -164,6 +164,14 @@ def test_the_log_of_an_exponential_is_not_computed() -> None:
 
 # -- single rules ------------------------------------------------------------------------------------------------------
 
+CLASSES = torch.tensor([[0], [2], [1], [2]])
+
+
+def scattered(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Halves at an index of zeros, as in the gradient of the log probability of a class."""
+    return torch.zeros_like(x).scatter_add(dim, index, torch.full(index.shape, 0.5, dtype=x.dtype))
+
+
 RULES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "constant broadcasts the other up": (lambda x: x * torch.ones(2, 3), (rand(3),)),
     "constant broadcasts a scalar up": (lambda x: torch.ones(4) * x + torch.zeros(2, 1), (rand(1)[0],)),
@@ -227,6 +235,14 @@ RULES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x, y: ((x * 2 + 1).sum() * -0.5 - 3) + ((y + 2).sum() * -0.5 + 1) + y.sum() * 3,
         (rand(3), rand(4)),
     ),
+    "slice of an expansion": (lambda x: x.expand(4, 3)[:, :1] + x.expand(4, 3)[1:3, :1].sum(), (rand(4, 1),)),
+    "all of an expansion but a part": (lambda x: x.expand(2, 4, 3)[:, 1:] * x.expand(2, 4, 3)[:1, :3], (rand(4, 3),)),
+    "one number in every row": (lambda x, i: scattered(x, i, 1).sum(1, keepdim=True) * x, (rand(4, 3), CLASSES)),
+    "one number in every row, by columns": (lambda x, i: scattered(x, i, 1).sum(0), (rand(4, 3), CLASSES)),
+    "one number in every row, all summed": (lambda x, i: scattered(x, i, 1).sum((0, 1)) * x, (rand(4, 3), CLASSES)),
+    "two numbers in every row": (lambda x, i: scattered(x, i.expand(4, 2), 1).sum(1), (rand(4, 3), CLASSES)),
+    "one number in some rows": (lambda x, i: scattered(x, i[:2], 1).sum(1), (rand(4, 3), CLASSES)),
+    "numbers along the other dimension": (lambda x, i: scattered(x, i, 0).sum(0), (rand(4, 3), CLASSES)),
     "total twice": (lambda x: x.sum() * 2 + x.sum() * 2, (rand(3),)),
 }
 
@@ -235,6 +251,14 @@ RULES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_each_rule_keeps_the_values(name: str) -> None:
     fn, args = RULES[name]
     agree(fn, *args)
+
+
+def test_the_gradient_of_a_class_probability_does_not_sum_what_it_scattered() -> None:
+    classes = torch.tensor([0, 2, 1, 2])
+    fn = grad(lambda x: dist.Categorical(logits=x, validate_args=False).log_prob(classes).mean())
+    small = agree(fn, rand(4, 3))
+    assert "aten.sum.dim_IntList" not in operations(small)
+    assert "aten.slice.Tensor" not in operations(small)
 
 
 LAYOUTS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
