@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from inference.heap import keep_freed_memory
 from inference.products import arrange_products
 from inference.simplify import simplify
 
@@ -135,6 +136,7 @@ def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final:
         return out
 
     def record() -> fx.GraphModule:
+        keep_freed_memory()
         # One mode for the whole recording: make_fx makes a new one for every tensor otherwise, two thirds of its time.
         # Attention as plain products: the fused kernels take a seed even without dropout and have no second derivative.
         with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), sdpa_kernel(SDPBackend.MATH):
