@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from inference.data import Tree, index, map_tree
 from inference.errors import ApproximationWarning, ConvergenceWarning, DivergenceWarning
 from inference.graph import CompileOption, matmul_size
+from inference.layout import is_view, value_of
 from inference.progress import Bar, FitInfo, Measured
 from inference.target import Target, compile_target
 
@@ -35,9 +36,12 @@ __all__ = [
     "stacked",
 ]
 
-# Above this many multiplications in one matrix product a core is busy: stacking members only spills its cache.
-# Measured on 8-50-1 (stacking wins 3.5-5 times) and 784-200-10 at batch 100 (a loop wins by 10-15 %).
-_BUSY_MULTIPLICATIONS = 4_000_000
+# Up to this many multiplications in one matrix product dispatches are most of the time: on 8-50-1 stacking wins five
+# times. Up to the second number they are a sixth of it, which stacking saves as long as a core's cache holds the
+# stacked activations and the shared one the stacked thetas with gradient and moments: 15-25 % on ten members of
+# 784-200-10 at batch 100. From twice that size on nothing is left to win.
+_FREE_MULTIPLICATIONS, _BUSY_MULTIPLICATIONS = 4_000_000, 20_000_000
+_MOST_ACTIVATIONS, _MOST_THETAS = 250_000, 2_000_000  # elements, of all members together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +267,8 @@ def stacked(target: Target, num: int, batch_size: int) -> bool:
     """Whether ``num`` thetas should advance as one stacked tensor rather than in a loop.
 
     On a CPU small networks are bound by dispatches, so members share them; where one member's largest matrix product
-    fills the core already, a loop is faster. Decided from the recorded graph, so it is the same on every run.
+    fills the core already, or all members together spill its caches, a loop is faster. Decided from the recorded graph,
+    so it is the same on every run.
 
     Args:
         target: The model.
@@ -276,7 +281,24 @@ def stacked(target: Target, num: int, batch_size: int) -> bool:
     if num == 1 or target.device.type != "cpu":
         return True
     graph = target.recorded(batch_size).graph
-    return max((matmul_size(n) for n in graph.nodes if n.op == "call_function"), default=0) <= _BUSY_MULTIPLICATIONS
+    largest = max((matmul_size(n) for n in graph.nodes if n.op == "call_function"), default=0)
+    if largest <= _FREE_MULTIPLICATIONS or largest > _BUSY_MULTIPLICATIONS:
+        return largest <= _FREE_MULTIPLICATIONS
+    return num * widest_activation(graph) <= _MOST_ACTIVATIONS and num * target.dim <= _MOST_THETAS
+
+
+def widest_activation(graph: fx.Graph) -> int:
+    """Most elements of a value that a recorded density computes from theta and the data, for one theta."""
+    theta, *data = (n for n in graph.nodes if n.op == "placeholder")
+    read: dict[fx.Node, set[fx.Node]] = {}  # which of theta and the data each node depends on
+    widest = 0
+    for node in graph.nodes:
+        sources = (read[n] for n in node.all_input_nodes)
+        read[node] = {node} if node.op == "placeholder" else set().union(*sources)
+        value = value_of(node)
+        if value is not None and theta in read[node] and not read[node].isdisjoint(data) and not is_view(node):
+            widest = max(widest, value.numel())
+    return widest
 
 
 def check_positive(owner: Any, *names: str) -> None:

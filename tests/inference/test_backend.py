@@ -162,19 +162,28 @@ def test_bars_are_shown_when_asked() -> None:
         assert bar.shown
 
 
+def _network(width: int) -> Any:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w1 = pyro.sample("w1", normal(x.shape[1], width))
+        w2 = pyro.sample("w2", normal(width, 1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((torch.tanh(x @ w1) @ w2).squeeze(-1), 1.0), obs=y)
+
+    return model
+
+
 def test_stacking_is_decided_by_the_largest_matrix_product() -> None:
-    def network(width: int) -> Any:
-        def model(x: Tensor, y: Tensor | None = None) -> None:
-            w1 = pyro.sample("w1", normal(x.shape[1], width))
-            w2 = pyro.sample("w2", normal(width, 1))
-            with pyro.plate("data", len(x)):
-                pyro.sample("y", dist.Normal((torch.tanh(x @ w1) @ w2).squeeze(-1), 1.0), obs=y)
-
-        return model
-
-    small = compile_target(network(50), torch.zeros(691, 8), torch.zeros(691))
-    large = compile_target(network(200), torch.zeros(100, 784), torch.zeros(100))
+    small = compile_target(_network(50), torch.zeros(691, 8), torch.zeros(691))
+    large = compile_target(_network(400), torch.zeros(100, 784), torch.zeros(100))
     assert stacked(small, 10, 691)
-    assert not stacked(large, 10, 100)
+    assert not stacked(large, 2, 100)
     assert stacked(large, 1, 100)
     assert stacked(large, 10, 10)
+
+
+def test_products_of_middle_size_are_stacked_while_caches_hold_them() -> None:
+    images = compile_target(_network(200), torch.zeros(100, 784), torch.zeros(100))
+    assert stacked(images, 10, 100)
+    assert not stacked(images, 40, 100)  # the thetas fill the shared cache
+    long = compile_target(_network(50), torch.zeros(20_000, 8), torch.zeros(20_000))
+    assert not stacked(long, 2, 20_000)  # the activations fill the core's

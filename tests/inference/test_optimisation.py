@@ -173,6 +173,23 @@ def test_adam_takes_the_steps_of_torchs(kind: torch.dtype, decay: float) -> None
     assert torch.equal(theta, twin.detach())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+def test_a_step_of_stacked_members_is_each_members_own_step(kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # To the bit where rows fill the processor's vectors; what is left over of one is rounded once more or less.
+    for size, ulps in ((1_024, 0), (1_027, 8)):
+        theta = torch.randn(5, size, generator=generator, dtype=kind)
+        rows = [row.clone() for row in theta]
+        together, alone = Adam(theta), [Adam(row) for row in rows]
+        for _ in range(10):
+            gradient = torch.randn(5, size, generator=generator, dtype=kind)
+            together.step(gradient, 0.1)
+            for adam, own in zip(alone, gradient, strict=True):
+                adam.step(own, 0.1)
+        tolerance = ulps * torch.finfo(kind).eps
+        torch.testing.assert_close(theta, torch.stack(rows), rtol=tolerance, atol=tolerance)
+
+
 def test_polishing_reaches_a_stationary_point_and_never_climbs() -> None:
     target = compile_target(network, *data())
     loss = energy_per_datum(target)
