@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from inference.heap import keep_freed_memory
 from inference.products import arrange_products
+from inference.scaled_sums import scale_terms
 from inference.simplify import simplify
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ def capture(fn: Callable[..., Any], *example: Any, compile: bool = False, final:
         if final:
             _rewrite(module)
             arrange_products(module, flat)
+            scale_terms(module)
         return module
 
     module = outside_transforms(record)
@@ -318,9 +320,8 @@ def _tanh_through_sigmoid(graph: fx.Graph, node: fx.Node, value: Tensor) -> None
     with graph.inserting_before(node):
         doubled = graph.call_function(aten.mul.Tensor, (node.args[0], 2.0))
         sigmoid = graph.call_function(aten.sigmoid.default, (doubled,))
-        scaled = graph.call_function(aten.mul.Tensor, (sigmoid, 2.0))
-        shifted = graph.call_function(aten.sub.Tensor, (scaled, 1.0))
-    for new in (doubled, sigmoid, scaled, shifted):
+        shifted = graph.call_function(aten.rsub.Scalar, (sigmoid, -1.0, -2.0))  # -1 - (-2) s, in one pass
+    for new in (doubled, sigmoid, shifted):
         new.meta["val"] = value
     node.replace_all_uses_with(shifted)
 

@@ -89,7 +89,9 @@ def _summed(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, Permuted]) -> P
 def _elementwise(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, Permuted]) -> Permuted | None:
     value: Tensor = node.meta["val"]
     orders = {known[a].order for a in node.all_input_nodes if a in known}
-    if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or node.kwargs or len(orders) != 1:
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or len(orders) != 1:
+        return None
+    if not all(isinstance(number, (int, float)) for number in node.kwargs.values()):
         return None
     order = orders.pop()
     if value.dim() != len(order) or not all(_usable(a, value) for a in node.args):
@@ -107,7 +109,7 @@ def _elementwise(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, Permuted])
             arg.meta["val"] = small.reshape([1] * (len(order) - small.dim()) + list(small.shape))
         return _permute(graph, arg, inverse)
 
-    new = graph.call_function(node.target, tuple(before(a) for a in node.args))  # type: ignore[arg-type]
+    new = graph.call_function(node.target, tuple(before(a) for a in node.args), dict(node.kwargs))  # type: ignore[arg-type]
     new.meta["val"] = value.permute(inverse)
     return Permuted(new, order)
 
