@@ -99,24 +99,20 @@ def ggn_diagonal(
     """
     x = target.x if x is None else x
     total = theta.new_zeros(target.dim, dtype=torch.float64)
-    size = chunk_size(floats_per_datum(target, 2, matrices=1), theta, chunk_bytes)
+    outputs = num_outputs(target, theta, x)
+    size = chunk_size(floats_per_datum(target, 2 * outputs, matrices=outputs), theta, chunk_bytes)
     for rows, taps, done in passes(target, theta, x, size):
-        fisher = target.family(data.index(x, rows)).fisher(done.params)
-        parts = [theta.new_zeros(block.positions.shape) for block in taps.blocks]
-        squares = [theta.new_zeros(()) for _ in taps.blocks]
-        inputs = [done.inputs(block) for block in taps.blocks]
-        for column in fisher_root(fisher).unbind(-1) if taps.blocks else ():
-            for i, gradients in enumerate(done.gradients(column)):
-                if gradients.shape[1] == 1:
-                    squares[i] = squares[i] + gradients[:, 0].square()
-                else:
-                    _add_squares(parts[i], taps.blocks[i], inputs[i], gradients)
-        for part, square, block, read in zip(parts, squares, taps.blocks, inputs, strict=True):
-            if square.dim():
-                _add_once(part, block, read[:, 0], square)
-            total[block.positions] += part
+        part = data.index(x, rows)
+        root = target.family(part).fisher_root(done.params)
+        for block, gradients in zip(taps.blocks, done.all_gradients(root), strict=True):
+            own = theta.new_zeros(block.positions.shape)
+            if gradients.shape[2] == 1:
+                _add_once(own, block, done.inputs(block)[:, 0], gradients[:, :, 0].square().sum(1))
+            else:
+                _add_squares(own, block, done.inputs(block), gradients)
+            total[block.positions] += own
         if len(taps.rest):
-            _add_rest(total, target, theta, data.index(x, rows), taps.rest, fisher, chunk_bytes)
+            _add_rest(total, target, theta, part, taps.rest, root, chunk_bytes)
         if advance is not None:
             advance(rows.stop - rows.start)
     return total
@@ -234,25 +230,6 @@ def sampled_labels(target: Target, theta: Tensor, seed: int, *, chunk_bytes: int
     return torch.cat(drawn)
 
 
-def fisher_root(fisher: Tensor) -> Tensor:
-    r"""Square roots :math:`F = R R^\top`, with columns that are zero for all data left out.
-
-    Args:
-        fisher: Fisher information of each datum, (n, E, E).
-
-    Returns:
-        R, (n, E, C) with C <= E.
-    """
-    diagonal = fisher.diagonal(dim1=-2, dim2=-1)
-    if torch.equal(fisher, torch.diag_embed(diagonal)):
-        root = torch.diag_embed(diagonal.clamp(min=0).sqrt())
-    else:
-        values, vectors = torch.linalg.eigh(fisher)
-        tiny = 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
-        root = vectors * torch.where(values > tiny, values, 0.0).sqrt().unsqueeze(-2)
-    return root[..., root.ne(0).flatten(0, 1).any(0)]
-
-
 class _OneLayer:
     r"""GGN of a network that is one layer, :math:`\sum_n (g_n^\top F_n g_n) \otimes (a_n a_n^\top)`.
 
@@ -288,12 +265,14 @@ class _OneLayer:
 
 
 def _add_squares(total: Tensor, block: LayerBlock, inputs: Tensor, gradients: Tensor) -> None:
-    """Add the squares of each datum's gradient (out, in), for a weight that is used at several places."""
+    """Add the squares of each datum's gradients (out, in), for a weight that is used at several places."""
     if block.kind != "embedding":
-        total += (gradients.mT @ inputs).square().sum(0)
+        every = gradients.mT.flatten(1, 2) @ inputs  # (n, C out, in)
+        total += every.square_().sum(0).unflatten(0, (-1, len(total))).sum(0)
         return
     same = (inputs.unsqueeze(-1) == inputs.unsqueeze(-2)).to(gradients)  # (n, T, T)
-    total.index_add_(1, inputs.flatten(), (gradients * (same @ gradients)).flatten(0, 1).mT)
+    products = (gradients * (same.unsqueeze(1) @ gradients)).sum(1)
+    total.index_add_(1, inputs.flatten(), products.flatten(0, 1).mT)
 
 
 def _add_once(total: Tensor, block: LayerBlock, inputs: Tensor, squares: Tensor) -> None:
@@ -305,13 +284,13 @@ def _add_once(total: Tensor, block: LayerBlock, inputs: Tensor, squares: Tensor)
 
 
 def _add_rest(
-    total: Tensor, target: Target, theta: Tensor, x: Any, rest: Tensor, fisher: Tensor, chunk_bytes: int
+    total: Tensor, target: Target, theta: Tensor, x: Any, rest: Tensor, root: Tensor, chunk_bytes: int
 ) -> None:
     """Add the diagonal for entries outside the layers, from their Jacobian."""
-    size = chunk_size(4 * fisher.shape[-1] * len(rest), theta, chunk_bytes)
-    for piece in data.chunks(len(fisher), size):
+    size = chunk_size(4 * root.shape[1] * len(rest), theta, chunk_bytes)
+    for piece in data.chunks(len(root), size):
         jacobian = entries_jacobian(target, theta, data.index(x, piece), rest)
-        total[rest] += ((fisher[piece] @ jacobian) * jacobian).sum((0, 1), dtype=torch.float64)
+        total[rest] += (root[piece].mT @ jacobian).square().sum((0, 1), dtype=torch.float64)
 
 
 def _datum_gradients(

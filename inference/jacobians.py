@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from inference import data
 from inference.distributions import DenseGaussian, DiagonalGaussian, FlatGaussian, KroneckerGaussian
-from inference.kronecker_gaussian import KroneckerBlock
+from inference.kronecker_gaussian import KroneckerBlock, layer_jacobian
 from inference.layer_blocks import LayerBlock
 from inference.taps import Pass, Taps, floats_per_datum, num_outputs, passes
 from inference.target import Target
@@ -90,14 +90,36 @@ def linearized_moments(
     Returns:
         Means, shape (B, E), and covariances, shape (B, E, E).
     """
+    return linearised(target, gaussian, theta, x, chunk_bytes=chunk_bytes)[:2]
+
+
+def linearised(
+    target: Target,
+    gaussian: FlatGaussian,
+    theta: Tensor,
+    x: Any,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As `linearized_moments`, with the parameters of the observed distribution at ``theta`` from the same pass.
+
+    Args:
+        target: The compiled model.
+        gaussian: Gaussian approximation of the posterior.
+        theta: Where to linearise (the mode), shape (P,).
+        x: Inputs, (B, ...).
+        chunk_bytes: Bound on what is held at once.
+
+    Returns:
+        Means, shape (B, E), covariances, shape (B, E, E), and parameters by name, each (B, ...).
+    """
     if peek_interpreter_stack() is not None:  # inside vmap or grad of torch.func, where the taps cannot go
         eta, jacobian = eta_and_jacobian(target, theta, x)
-        return eta, gaussian.quadratic(jacobian)
-    means, covariances = [], []
-    for done, covariance in _covariances(target, gaussian, theta, x, chunk_bytes):
-        means.append(done.eta)
-        covariances.append(covariance)
-    return torch.cat(means), torch.cat(covariances)
+        return eta, gaussian.quadratic(jacobian), target.parameters(theta, x)
+    parts = [(done.eta, found, done.params) for done, found in _covariances(target, gaussian, theta, x, chunk_bytes)]
+    means, covariances, params = zip(*parts, strict=True)
+    joined = {name: torch.cat([part[name] for part in params]) for name in params[0]}
+    return torch.cat(means), torch.cat(covariances), joined
 
 
 def linearized_joint(target: Target, gaussian: FlatGaussian, theta: Tensor, x: Any) -> tuple[Tensor, Tensor]:
@@ -147,7 +169,7 @@ def assembled(target: Target, theta: Tensor, x: Any, taps: Taps, done: Pass) -> 
         inputs = done.inputs(block)
         if block.kind == "embedding":
             inputs = functional.one_hot(inputs, block.positions.shape[1]).to(gradients)
-        jacobian[..., block.positions] = gradients.mT @ inputs.unsqueeze(1)
+        jacobian[..., block.positions] = layer_jacobian(inputs, gradients)
     return jacobian
 
 
@@ -215,20 +237,18 @@ def _dense(
     outputs = num_outputs(target, theta, x)
     single = may_be_one_layer(target)
     floats = (2 if single else 4 * outputs) * target.dim + floats_per_datum(target, outputs)
+    pieces: list[Tensor] = []  # covariances of the rows of one layer's weight, each (in, in)
     for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, chunk_bytes)):
         block = once_used(taps, done) if single else None
         if block is None:
             yield done, gaussian.quadratic(assembled(target, theta, data.index(x, rows), taps, done))
             continue
-        order = block.positions
+        order, own = block.positions, torch.triu_indices(len(block.positions), len(block.positions))
+        pieces = pieces or [gaussian.dense[order[i][:, None], order[j]] for i, j in own.mT.tolist()]
         inputs, gradients = done.inputs(block)[:, 0], done.all_gradients()[0][:, :, 0]
-        pairs: dict[tuple[int, int], Tensor] = {}  # covariances of the layer's own outputs, each (n,)
-        for i in range(len(order)):
-            for j in range(i, len(order)):
-                piece = gaussian.dense[order[i][:, None], order[j]]
-                pairs[i, j] = pairs[j, i] = ((inputs @ piece) * inputs).sum(-1)
-        rows_of = [torch.stack([pairs[i, j] for j in range(len(order))], -1) for i in range(len(order))]
-        between = torch.stack(rows_of, -2)  # (n, out, out)
+        between = inputs.new_empty(len(inputs), len(order), len(order))  # of the layer's own outputs
+        between[:, own[0], own[1]] = torch.stack([((inputs @ piece) * inputs).sum(-1) for piece in pieces], -1)
+        between[:, own[1], own[0]] = between[:, own[0], own[1]]
         yield done, gradients @ between @ gradients.mT
 
 

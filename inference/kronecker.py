@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from inference import data
-from inference.curvature import fisher_root
 from inference.jacobians import CHUNK_BYTES, Advance, chunk_size, entries_jacobian
 from inference.kronecker_gaussian import KroneckerBlock
 from inference.layer_blocks import LayerBlock
@@ -33,6 +32,8 @@ from inference.target import Target
 Sharing = Literal["expand", "reduce"]
 # Entries of a site outside the layers up to which its block is kept dense.
 _DENSE_ENTRIES = 64
+# Columns of a factor that are multiplied with those before them at a time.
+_SQUARE = 128
 # A prior precision is taken as a product of row and column factors up to this relative error.
 _PRODUCT_TOLERANCE = 1e-6
 # Precision that stands in for a flat prior beside curved ones, relative to their mean.
@@ -117,16 +118,18 @@ def kronecker_curvature(
         found = found or [_empty(block, theta) for block in taps.blocks]
         part = data.index(x, rows)
         family = target.family(part)
-        fisher = None if labels else family.fisher(done.params)
         if labels:
             columns = score(family, done.eta, done.params, y[rows]).unsqueeze(-1)
         else:
-            columns = fisher_root(fisher) if fisher is not None else None
-        assert columns is not None
+            columns = family.fisher_root(done.params)
         _add(found, taps, done, columns, sharing)
-        rest.add(taps, part, fisher, columns, chunk_bytes)
+        rest.add(taps, part, columns, chunk_bytes)
         if advance is not None:
             advance(rows.stop - rows.start)
+    for factors in found:
+        for matrix in (factors.outputs, factors.inputs):
+            if matrix.dim() == 2:
+                matrix.copy_(matrix.tril() + matrix.tril(-1).mT)
     return KroneckerCurvature(found, rest.sites, rest.entries, rest.diagonal, data.num_data(x))
 
 
@@ -249,14 +252,21 @@ def _add(found: list[Factors], taps: Taps, done: Pass, columns: Tensor, sharing:
             factors.inputs += torch.bincount(inputs.flatten(), minlength=len(factors.inputs))
             factors.terms += inputs.numel()
             continue
-        rows = inputs.mean(1) if sharing == "reduce" else inputs.flatten(0, 1)
-        factors.inputs += rows.mT @ rows
-        factors.terms += len(rows)
+        rows = inputs.mean(1, keepdim=True) if sharing == "reduce" else inputs
+        _add_squares(factors.inputs, rows)
+        factors.terms += rows.shape[0] * rows.shape[1]
     for column in columns.unbind(-1) if taps.blocks else ():
         for factors, gradients in zip(found, done.gradients(column), strict=True):
             reduced = sharing == "reduce" and factors.inputs.dim() > 1
-            rows = gradients.sum(1) if reduced else gradients.flatten(0, 1)
-            factors.outputs += rows.mT @ rows
+            _add_squares(factors.outputs, gradients.sum(1, keepdim=True) if reduced else gradients)
+
+
+def _add_squares(total: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle, in blocks, of the sum of r r^T over rows (n, T, d)."""
+    columns = rows.permute(2, 0, 1).flatten(1)  # as a convolution's lie in memory, its places innermost
+    for start in range(0, len(columns), _SQUARE):
+        stop = start + _SQUARE
+        total[start:stop, :stop] += columns[start:stop] @ columns[:stop].mT
 
 
 class _Rest:
@@ -274,14 +284,13 @@ class _Rest:
         self.diagonal = torch.zeros(0, dtype=torch.float64, device=theta.device)
         self._all: Tensor | None = None
 
-    def add(self, taps: Taps, x: Any, fisher: Tensor | None, columns: Tensor, chunk_bytes: int) -> None:
+    def add(self, taps: Taps, x: Any, columns: Tensor, chunk_bytes: int) -> None:
         """Add one chunk.
 
         Args:
             taps: Where the layers are.
             x: Inputs of the chunk.
-            fisher: Fisher information of each datum, (n, E, E), or None for that of ``columns``.
-            columns: Roots of it, (n, E, C).
+            columns: Root of each datum's Fisher information, (n, E, C).
             chunk_bytes: Bound on the Jacobians held at once.
         """
         if self._all is None:
@@ -289,17 +298,16 @@ class _Rest:
         assert self._all is not None
         if not len(self._all):
             return
-        fisher = columns @ columns.mT if fisher is None else fisher
-        size = chunk_size(4 * fisher.shape[-1] * len(self._all), self.theta, chunk_bytes)
-        for piece in data.chunks(len(fisher), size):
+        size = chunk_size(4 * columns.shape[1] * len(self._all), self.theta, chunk_bytes)
+        for piece in data.chunks(len(columns), size):
             jacobian = entries_jacobian(self.target, self.theta, data.index(x, piece), self._all).double()
-            weighted = fisher[piece].double() @ jacobian
+            rows = (columns[piece].mT.double() @ jacobian).flatten(0, 1)
             start = 0
             for entries, matrix in self.sites:
-                own = slice(start, start + len(entries))
-                matrix += weighted[..., own].flatten(0, 1).mT @ jacobian[..., own].flatten(0, 1)
+                own = rows[:, start : start + len(entries)]
+                matrix += own.mT @ own
                 start += len(entries)
-            self.diagonal += (weighted[..., start:] * jacobian[..., start:]).sum((0, 1))
+            self.diagonal += rows[:, start:].square().sum(0)
 
     def _lay_out(self, rest: Tensor) -> None:
         large = []

@@ -127,13 +127,12 @@ class KroneckerBlock:
             rows = self._token_roots(inputs, gradients)  # (n, E, T, out)
             same = (inputs.unsqueeze(-1) == inputs.unsqueeze(-2)).to(rows).unsqueeze(1)  # (n, 1, T, T)
             return rows.flatten(2) @ (same @ rows).flatten(2).mT
-        inputs, gradients = self.rotated_in(inputs), self.rotated_out(gradients)
-        if inputs.shape[1] == 1:
-            weights = inputs[:, 0].square() @ self.variance.mT  # (n, out)
-            once = gradients[:, :, 0]
-            return (once * weights.unsqueeze(1)) @ once.mT
-        rows = self._eigen_roots(inputs, gradients)
-        return rows @ rows.mT
+        if inputs.shape[1] > 1:
+            rows = self._layer_roots(inputs, gradients)
+            return rows @ rows.mT
+        weights = self.rotated_in(inputs[:, 0]).square() @ self.variance.mT  # (n, out)
+        once = self.rotated_out(gradients[:, :, 0])
+        return (once * weights.unsqueeze(1)) @ once.mT
 
     def joint_covariance(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         """As `function_covariance`, with the covariance between data.
@@ -147,29 +146,44 @@ class KroneckerBlock:
         """
         num, outputs = gradients.shape[:2]
         if not inputs.is_floating_point():
-            tokens = functional.one_hot(inputs, self.positions.shape[1]).to(gradients)
-            rows = self.roots(gradients.mT @ tokens.unsqueeze(1)).flatten(0, 1)
-            return (rows @ rows.mT).reshape(num, outputs, num, outputs)
-        inputs, gradients = self.rotated_in(inputs), self.rotated_out(gradients)
+            inputs = functional.one_hot(inputs, self.positions.shape[1]).to(gradients)
         if inputs.shape[1] > 1:
-            rows = self._eigen_roots(inputs, gradients).flatten(0, 1)
+            rows = self._layer_roots(inputs, gradients).flatten(0, 1)
             return (rows @ rows.mT).reshape(num, outputs, num, outputs)
-        inputs, gradients = inputs[:, 0], gradients[:, :, 0]
+        inputs, gradients = self.rotated_in(inputs[:, 0]), self.rotated_out(gradients[:, :, 0])
         rows = []
         for a, g in zip(inputs, gradients, strict=True):
             weights = (inputs * a) @ self.variance.mT  # (n, out)
             rows.append(torch.einsum("ko,clo->kcl", g, gradients * weights.unsqueeze(1)))
         return torch.stack(rows)
 
-    def _eigen_roots(self, inputs: Tensor, gradients: Tensor) -> Tensor:
-        """Rotated (n, T, in) and (n, E, T, out) to the layer's scaled Jacobian in the eigenbasis, (n, E, out * in)."""
-        jacobian = gradients.mT @ inputs.unsqueeze(1)  # (n, E, out, in)
+    def _layer_roots(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        """`roots` of a layer, from (n, T, in) and (n, E, T, out): rotated before or after the sum over its places."""
+        outputs, places, out = gradients.shape[1:]
+        width = inputs.shape[2]
+        if outputs * out * width * (out + width) < places * (width**2 + outputs * out**2):
+            return self.roots(layer_jacobian(inputs, gradients))
+        jacobian = layer_jacobian(self.rotated_in(inputs), self.rotated_out(gradients))
         return (jacobian * self.variance.sqrt()).flatten(2)
 
     def _token_roots(self, tokens: Tensor, gradients: Tensor) -> Tensor:
         columns = self.variance.sqrt().mT  # (in, out)
         columns = columns if self.in_scale is None else columns * self.in_scale[:, None]
         return self.rotated_out(gradients) * columns[tokens].unsqueeze(1)
+
+
+def layer_jacobian(inputs: Tensor, gradients: Tensor) -> Tensor:
+    r"""Jacobian of a layer, :math:`\sum_t g_{nt} a_{nt}^\top` for each output.
+
+    Args:
+        inputs: a, (n, T, in).
+        gradients: g of each output, (n, E, T, out).
+
+    Returns:
+        (n, E, out, in).
+    """
+    # One product per datum: broadcasting over the outputs would copy the inputs for each of them.
+    return (gradients.mT.flatten(1, 2) @ inputs).unflatten(1, (gradients.shape[1], -1))
 
 
 @dataclass(frozen=True, eq=False)

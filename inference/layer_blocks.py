@@ -140,20 +140,47 @@ def leading_rows(grad: Tensor, use: Use) -> Tensor:
 
 
 def rows_read(value: Tensor, use: Use) -> Tensor:
-    """What a product or convolution reads, (rows, T, in)."""
+    """What a product or convolution reads, (rows, T, in), and what stands for the bias as the last column.
+
+    Windows of images lie in memory as (in, rows, T): sums over data and places are then products of long rows, and
+    those over the places of each datum need no copy either.
+
+    Args:
+        value: What the operation reads.
+        use: The operation.
+
+    Returns:
+        (rows, T, in).
+    """
+    weight, bias = use.columns
     if use.layer.kind == "conv":
-        stride, padding, dilation = use.window
-        image = value if value.dim() == 4 else value.unsqueeze(-2)
-        return functional.unfold(
-            image.chunk(use.groups, 1)[use.group],
-            kernel_size=_pair(use.layer.weight_shape[2:], 1),
-            dilation=_pair(dilation, 1),
-            padding=_pair(padding, 0),
-            stride=_pair(stride, 1),
-        ).mT
-    if use.layer.flipped:
-        return value.reshape(value.shape[0], -1).t().unsqueeze(1)
-    return value.reshape(-1, value.shape[-1]).unsqueeze(1)
+        windows = _windows(value, use)  # (C, height, width, rows, down, across)
+        width, num = windows[..., 0, 0, 0].numel() if weight else 0, windows.shape[3]
+        out = value.new_empty(width + bias, num, windows[0, 0, 0, 0].numel())
+        if weight:
+            scale = use.layer.weight_scale
+            out[:width].view(windows.shape).copy_(windows if scale == 1 else windows * scale)
+        out[width:] = use.layer.bias_scale
+        return out.permute(1, 2, 0)
+    flat = value.reshape(value.shape[0], -1).t() if use.layer.flipped else value.reshape(-1, value.shape[-1])
+    if not weight:
+        flat = flat[:, :0]
+    elif use.layer.weight_scale != 1:
+        flat = flat * use.layer.weight_scale
+    if bias:
+        flat = torch.cat([flat, flat.new_full((len(flat), 1), use.layer.bias_scale)], -1)
+    return flat.unsqueeze(1)
+
+
+def _windows(value: Tensor, use: Use) -> Tensor:
+    """The patches a convolution reads, a view of the padded images: (C, height, width, rows, down, across)."""
+    steps, padding, dilation = (_pair(given, first) for given, first in zip(use.window, (1, 0, 1), strict=True))
+    image = value if value.dim() == 4 else value.unsqueeze(-2)
+    image = image.chunk(use.groups, 1)[use.group]
+    image = functional.pad(image, (padding[1], padding[1], padding[0], padding[0]))
+    for at, size in enumerate(_pair(use.layer.weight_shape[2:], 1)):
+        image = image.unfold(2 + at, (size - 1) * dilation[at] + 1, steps[at])[..., :: dilation[at]]
+    return image.permute(1, 4, 5, 0, 2, 3)
 
 
 def _pair(values: tuple[int, ...], first: int) -> tuple[int, int]:

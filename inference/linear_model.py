@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from inference.chunking import even
-from inference.curvature import fisher_root
 from inference.data import Tree, chunks, index, num_data, shapes
 from inference.graph import CompileOption, hot
 from inference.kronecker import score
@@ -140,7 +139,7 @@ class LinearModel:
         """
         total = self.center.new_zeros(num, self.target.dim)
         for rows in chunks(self.num_data, self.rows):
-            root = fisher_root(self.family.fisher(index(self.params, rows))) / self.target.likelihood_temperature**0.5
+            root = self.family.fisher_root(index(self.params, rows)) / self.target.likelihood_temperature**0.5
             noise = torch.randn(
                 num, *root.shape[:1], root.shape[2], 1, generator=generator, dtype=root.dtype, device=root.device
             )

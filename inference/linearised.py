@@ -13,11 +13,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from inference.data import Tree, chunks, index, num_data
 from inference.distributions import FlatGaussian
-from inference.jacobians import CHUNK_BYTES, eta_and_jacobian, linearized_moments
+from inference.jacobians import CHUNK_BYTES, eta_and_jacobian, linearised
 from inference.mixtures import Moments, Params, location, mixture_moments
 from inference.observation import LikelihoodFamily
 from inference.prediction import MAX_ROWS, rows_per_chunk
@@ -104,11 +103,7 @@ class LinearisedSource:
 
     def _linearise(self, rows: slice) -> tuple[Tensor, Tensor, Params]:
         if self._last is None or self._last[0] != rows:
-            x = index(self.x, rows)
-            eta, covariance = linearized_moments(self.target, self.gaussian, self.gaussian.loc, x)
-            with torch.set_grad_enabled(any(leaf.requires_grad for leaf in pytree.tree_leaves(x))):
-                base = self.target.parameters(self.gaussian.loc, x)
-            self._last = (rows, eta, covariance, base)
+            self._last = (rows, *linearised(self.target, self.gaussian, self.gaussian.loc, index(self.x, rows)))
         return self._last[1:]
 
 

@@ -215,17 +215,53 @@ class LikelihoodFamily:
             probs = params["logits"].softmax(-1)  # (B, ..., K)
             blocks = torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
             return _block_diagonal(blocks)
+        return torch.diag_embed(self._fisher_diagonal(params))
+
+    def fisher_root(self, params: dict[str, Tensor]) -> Tensor:
+        r"""Square roots :math:`F = R R^\top` of :meth:`fisher`, in closed form.
+
+        Args:
+            params: Tensors by name, each (B, ...).
+
+        Returns:
+            (B, E, C), with C = E, or K - 1 for each label of K classes: one direction of its logits tells nothing.
+        """
+        if self.kind == "categorical":
+            return _block_diagonal(_categorical_root(params["logits"].softmax(-1)))
+        return torch.diag_embed(self._fisher_diagonal(params).sqrt())
+
+    def _fisher_diagonal(self, params: dict[str, Tensor]) -> Tensor:
         diagonals = []
         for name in self.eta_names:
             value = params[name]
             diagonals.append(_FISHER[self.kind, name](params).expand(value.shape).reshape(value.shape[0], -1))
-        return torch.diag_embed(torch.cat(diagonals, -1))
+        return torch.cat(diagonals, -1)
+
+
+def _categorical_root(probs: Tensor) -> Tensor:
+    r"""Cholesky factor of diag(p) - p p^T, (..., K) to (..., K, K - 1).
+
+    With :math:`s_k = \sum_{l \ge k} p_l` its diagonal is :math:`\sqrt{p_k s_{k+1} / s_k}` and below it stands minus
+    that times :math:`p_j / s_{k+1}`: no differences, so that nothing cancels where a class is certain.
+
+    Args:
+        probs: p, (..., K).
+
+    Returns:
+        (..., K, K - 1).
+    """
+    left = probs.flip(-1).cumsum(-1).flip(-1).clamp(min=torch.finfo(probs.dtype).tiny)
+    after = left[..., 1:]
+    pivots = (probs[..., :-1] * after / left[..., :-1]).sqrt().unsqueeze(-2)
+    size = probs.shape[-1]
+    unit = torch.eye(size, size - 1, dtype=probs.dtype, device=probs.device)
+    return (unit - (probs.unsqueeze(-1) / after.unsqueeze(-2)).tril(-1)) * pivots
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
-    """(B, ..., K, K) to (B, E, E) with the middle dimensions on the diagonal."""
-    num, size = blocks.shape[0], blocks.shape[-1]
-    blocks = blocks.reshape(num, -1, size, size)
+    """(B, ..., K, C) to (B, M K, M C) with the M middle places on the diagonal."""
+    num = blocks.shape[0]
+    blocks = blocks.reshape(num, -1, *blocks.shape[-2:])
     if blocks.shape[1] == 1:
         return blocks[:, 0]
     return torch.stack([torch.block_diag(*b) for b in blocks])

@@ -66,7 +66,7 @@ class Pass:
         Returns:
             (n, T, in), or the token ids (n, T) of an embedding.
         """
-        return torch.cat([self._read(use)[self._skip :] for use in block.uses], 1)
+        return _joined([self._read(use)[self._skip :] for use in block.uses])
 
     def gradients(self, cotangent: Tensor) -> list[Tensor]:
         r"""Gradients of :math:`\sum_{ne} c_{ne} \eta_{ne}` with respect to the pre-activations.
@@ -93,30 +93,30 @@ class Pass:
         )
         grads = dict(zip(names, found, strict=True))
         return [
-            torch.cat([self._written(use, grads[use.layer.node])[self._skip :] for use in block.uses], 1)
+            _joined([self._written(use, grads[use.layer.node])[self._skip :] for use in block.uses])
             for block in taps.blocks
         ]
 
-    def all_gradients(self) -> list[Tensor]:
-        """Gradients of every eta on its own: for every block, (n, E, T, out)."""
-        unit = torch.eye(self.eta.shape[1], dtype=self.eta.dtype, device=self.eta.device)
-        columns = [self.gradients(row.expand_as(self.eta)) for row in unit]
-        return [torch.stack(parts, 1) for parts in zip(*columns, strict=True)]
+    def all_gradients(self, columns: Tensor | None = None) -> list[Tensor]:
+        """Gradients for several cotangents, held together.
+
+        Args:
+            columns: Cotangents, (n, E, C); every eta on its own when None.
+
+        Returns:
+            For every block, (n, C, T, out).
+        """
+        if columns is None:
+            unit = torch.eye(self.eta.shape[1], dtype=self.eta.dtype, device=self.eta.device)
+            columns = unit.expand(len(self.eta), *unit.shape)
+        found = [self.gradients(column) for column in columns.unbind(-1)] if self._taps.blocks else []
+        return [_stacked(parts) for parts in zip(*found, strict=True)]
 
     def _read(self, use: Use) -> Tensor:
         value, size = self._tape.inputs[use.layer.input], self._eta.shape[0]
         if use.layer.kind == "embedding":
             return by_datum(value.reshape(-1, 1), use.after, size)
-        weight, bias = use.columns
-        rows = rows_read(value, use)
-        if not weight:
-            rows = rows[..., :0]
-        elif use.layer.weight_scale != 1:
-            rows = rows * use.layer.weight_scale
-        if bias:
-            ones = rows.new_full((*rows.shape[:-1], 1), use.layer.bias_scale)
-            rows = torch.cat([rows, ones], -1)
-        return by_datum(rows, use.after, size)
+        return by_datum(rows_read(value, use), use.after, size)
 
     def _written(self, use: Use, grad: Tensor | None) -> Tensor:
         value, size = self._tape.outputs[use.layer.node], self._eta.shape[0]
@@ -340,6 +340,18 @@ def floats_per_datum(target: Target, columns: int, matrices: int = 0) -> int:
         if places > total and layer.kind != "embedding":
             floats += 2 * matrices * layer.fan_out * (layer.fan_in + 1) * total
     return max(1, floats // total)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Places of all uses of a weight, (n, T, width); of a single one, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
+    """Several (n, T, width) as one (n, C, T, width), copied in the order that they have in memory."""
+    if parts[0].stride(-1) == 1:
+        return torch.stack(parts, 1)
+    return torch.stack([part.mT for part in parts], 1).mT
 
 
 class _Tape(fx.Interpreter):

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from inference import data, hessians
 from inference.backend import Run, check_integer
-from inference.curvature import fisher_root
 from inference.distributions import FlatGaussian, OutputGaussians, SpectralGaussian
 from inference.jacobians import CHUNK_BYTES, assembled, chunk_size
 from inference.kronecker import require_curved
@@ -155,11 +154,11 @@ class FunctionalLaplace(Laplace):
         with run.bar(active, "curvature (active data)") as bar:
             for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, CHUNK_BYTES)):
                 part = data.index(x, rows)
-                fisher = target.family(part).fisher(done.params).double()
-                jacobian = assembled(target, theta, part, taps, done).double()
+                family, jacobian = target.family(part), assembled(target, theta, part, taps, done).double()
                 if self.independent_outputs:
+                    fisher = family.fisher(done.params).double()
                     found.append((fisher.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1) * jacobian).transpose(0, 1))
                 else:
-                    found.append((fisher_root(fisher).mT @ jacobian).flatten(0, 1))
-                bar.advance(len(fisher))
+                    found.append((family.fisher_root(done.params).double().mT @ jacobian).flatten(0, 1))
+                bar.advance(len(jacobian))
         return torch.cat(found, -2) / target.likelihood_temperature**0.5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnn_models import bayesianize, likelihoods
-from inference.curvature import empirical_fisher, fisher_root, ggn, sampled_labels
+from inference.curvature import empirical_fisher, ggn, sampled_labels
 from inference.jacobians import eta_and_jacobian
 from inference.kronecker import Factors, kronecker_curvature, layer_block
 from inference.target import Target, compile_target
@@ -87,7 +87,7 @@ def test_factors_are_the_sums_they_stand_for(name: str, sharing: str) -> None:
 
     taps = taps_for(target, theta, target.x)
     done = taps.run(target, theta, target.x)
-    roots = fisher_root(target.family().fisher(target.parameters(theta)))
+    roots = target.family().fisher_root(target.parameters(theta))
     every = done.all_gradients()
     for block, gradients, factors in zip(taps.blocks, every, curvature.layers, strict=True):
         columns = torch.einsum("neto,nec->ncto", gradients, roots)
@@ -184,15 +184,6 @@ def test_drawn_labels_leave_the_global_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(sampled_labels(target, theta, 3), labels)
     assert labels.shape == LABELS.shape
-
-
-@pytest.mark.parametrize("diagonal", [False, True], ids=["categorical", "independent"])
-def test_roots_multiply_to_the_fisher(diagonal: bool) -> None:
-    probs = _random(5, 4).softmax(-1)
-    fisher = torch.diag_embed(probs) - (0 if diagonal else 1) * probs.unsqueeze(-1) * probs.unsqueeze(-2)
-    root = fisher_root(fisher)
-    assert root.shape == ((5, 4, 4) if diagonal else (5, 4, 3))  # logits have one direction without information
-    torch.testing.assert_close(root @ root.mT, fisher, **EXACT)
 
 
 # -- the prior in the eigenbasis ----------------------------------------------------------------------

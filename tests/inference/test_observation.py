@@ -81,6 +81,25 @@ def test_fisher_information_is_the_expected_hessian(name: str) -> None:
     assert ((observed.mean(0) - fisher).abs() <= 5.0 * error + 1e-8).all()
 
 
+@families
+def test_roots_multiply_to_the_fisher_information(name: str) -> None:
+    _, family, params = taken_apart(name)
+    fisher, root = family.fisher(params), family.fisher_root(params)
+    torch.testing.assert_close(root @ root.mT, fisher, **EXACT)
+    labels = fisher.shape[1] // params["logits"].shape[-1] if family.kind == "categorical" else 0
+    assert root.shape == (B, fisher.shape[1], fisher.shape[1] - labels)  # logits have a direction without information
+
+
+def test_roots_of_near_certain_classes_keep_their_digits() -> None:
+    logits = torch.tensor([[0.0, 30.0, -3.0], [0.0, -200.0, -200.0], [-200.0, -200.0, 0.0], [-90.0, 0.0, -300.0]])
+    family = family_of(dist.Categorical(logits=logits), frozenset({"logits"}))
+    probs = logits.double().softmax(-1)
+    between = (probs.unsqueeze(-1) * probs.unsqueeze(-2)) * (1 - torch.eye(3))
+    exact = torch.diag_embed(between.sum(-1)) - between  # p - p p^T would lose them
+    root = family.fisher_root({"logits": logits.float()})
+    torch.testing.assert_close((root @ root.mT).double(), exact, rtol=1e-4, atol=1e-37)
+
+
 def test_unknown_and_latent_df_families_say_what_to_use_instead() -> None:
     gamma = dist.Gamma(draw(B).exp(), 1.0)
     with pytest.raises(UnsupportedModelError, match="not Gamma; use a sampling backend"):
