@@ -150,6 +150,7 @@ class Run:
 
     Attributes:
         curvature: What a Laplace backend took last, for its posterior.
+        slope: Where its curvature collects the log likelihood and its gradient on the way.
     """
 
     def __init__(self, backend: Backend, target: Target, seed: int, init: Any = None) -> None:
@@ -159,6 +160,7 @@ class Run:
         self.init = init
         self.info = FitInfo()
         self.curvature: Any = None
+        self.slope: Any = None
 
     def stream(self, index: int = 0) -> torch.Generator:
         """Random stream of one chain, member or purpose."""

@@ -28,7 +28,8 @@ from inference.jacobians import (
     once_used,
 )
 from inference.layer_blocks import LayerBlock
-from inference.taps import Pass, floats_per_datum, num_outputs, passes
+from inference.tape import Pass
+from inference.taps import Slope, floats_per_datum, num_outputs, passes
 from inference.target import Target
 
 
@@ -39,6 +40,7 @@ def ggn(
     x: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
     advance: Advance | None = None,
+    slope: Slope | None = None,
 ) -> Tensor:
     r"""Generalised Gauss-Newton matrix :math:`\sum_n J_n^\top F_n J_n`, the Hessian of the linearised model.
 
@@ -50,6 +52,7 @@ def ggn(
         x: Inputs, (B, ...); the training inputs when None.
         chunk_bytes: Bound on the Jacobians held at once.
         advance: Called with the number of data of each finished chunk, for progress bars.
+        slope: Collects the log likelihood of the training data and its gradient from the same passes.
 
     Returns:
         Symmetric matrix, shape (P, P), float64.
@@ -60,8 +63,8 @@ def ggn(
     single = may_be_one_layer(target)
     floats = (2 if single else 4 * outputs) * target.dim + floats_per_datum(target, outputs)
     layer = _OneLayer()
-    for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, chunk_bytes)):
-        fisher = target.family(data.index(x, rows)).fisher(done.params).double()
+    for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, chunk_bytes), slope):
+        fisher = taps.family.fisher(done.params).double()
         block = once_used(taps, done) if single else None
         if block is not None:
             layer.add(block, done, fisher)
@@ -80,6 +83,7 @@ def ggn_diagonal(
     x: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
     advance: Advance | None = None,
+    slope: Slope | None = None,
 ) -> Tensor:
     r"""Diagonal of `ggn`, without forming the matrix or a Jacobian.
 
@@ -93,6 +97,7 @@ def ggn_diagonal(
         x: Inputs, (B, ...); the training inputs when None.
         chunk_bytes: Bound on what is held at once.
         advance: Called with the number of data of each finished chunk.
+        slope: Collects the log likelihood of the training data and its gradient from the same passes.
 
     Returns:
         Non-negative vector, shape (P,), float64.
@@ -101,9 +106,9 @@ def ggn_diagonal(
     total = theta.new_zeros(target.dim, dtype=torch.float64)
     outputs = num_outputs(target, theta, x)
     size = chunk_size(floats_per_datum(target, 2 * outputs, matrices=outputs), theta, chunk_bytes)
-    for rows, taps, done in passes(target, theta, x, size):
+    for rows, taps, done in passes(target, theta, x, size, slope):
         part = data.index(x, rows)
-        root = target.family(part).fisher_root(done.params)
+        root = taps.family.fisher_root(done.params)
         for block, gradients in zip(taps.blocks, done.all_gradients(root), strict=True):
             own = theta.new_zeros(block.positions.shape)
             if gradients.shape[2] == 1:
@@ -223,10 +228,10 @@ def sampled_labels(target: Target, theta: Tensor, seed: int, *, chunk_bytes: int
     devices = [target.device] if target.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        for rows, _, done in passes(
+        for _, taps, done in passes(
             target, theta, target.x, chunk_size(floats_per_datum(target, 0), theta, chunk_bytes)
         ):
-            drawn.append(target.family(data.index(target.x, rows)).distribution(done.params).sample())
+            drawn.append(taps.family.distribution(done.params).sample())
     return torch.cat(drawn)
 
 

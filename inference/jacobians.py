@@ -20,7 +20,8 @@ from inference import data
 from inference.distributions import DenseGaussian, DiagonalGaussian, FlatGaussian, KroneckerGaussian
 from inference.kronecker_gaussian import KroneckerBlock, layer_jacobian
 from inference.layer_blocks import LayerBlock
-from inference.taps import Pass, Taps, floats_per_datum, num_outputs, passes
+from inference.tape import Pass
+from inference.taps import Taps, floats_per_datum, num_outputs, passes
 from inference.target import Target
 
 CHUNK_BYTES = 32 * 2**20

@@ -26,7 +26,8 @@ from inference.jacobians import CHUNK_BYTES, Advance, chunk_size, entries_jacobi
 from inference.kronecker_gaussian import KroneckerBlock
 from inference.layer_blocks import LayerBlock
 from inference.observation import LikelihoodFamily
-from inference.taps import Pass, Taps, floats_per_datum, passes
+from inference.tape import Pass
+from inference.taps import Slope, Taps, floats_per_datum, passes
 from inference.target import Target
 
 Sharing = Literal["expand", "reduce"]
@@ -93,6 +94,7 @@ def kronecker_curvature(
     sharing: Sharing = "expand",
     chunk_bytes: int = CHUNK_BYTES,
     advance: Advance | None = None,
+    slope: Slope | None = None,
 ) -> KroneckerCurvature:
     """Accumulate the factors over the data.
 
@@ -106,6 +108,7 @@ def kronecker_curvature(
         sharing: What to do with weights used at several places, "expand" or "reduce"; embeddings always expand.
         chunk_bytes: Bound on what is held at once.
         advance: Called with the number of data of each finished chunk.
+        slope: Collects the log likelihood of the training data and its gradient from the same passes.
 
     Returns:
         The curvature.
@@ -114,14 +117,13 @@ def kronecker_curvature(
     found: list[Factors] = []
     rest = _Rest(target, theta)
     size = chunk_size(floats_per_datum(target, 2), theta, chunk_bytes)
-    for rows, taps, done in passes(target, theta, x, size):
+    for rows, taps, done in passes(target, theta, x, size, slope):
         found = found or [_empty(block, theta) for block in taps.blocks]
         part = data.index(x, rows)
-        family = target.family(part)
         if labels:
-            columns = score(family, done.eta, done.params, y[rows]).unsqueeze(-1)
+            columns = score(taps.family, done.eta, done.params, y[rows]).unsqueeze(-1)
         else:
-            columns = family.fisher_root(done.params)
+            columns = taps.family.fisher_root(done.params)
         _add(found, taps, done, columns, sharing)
         rest.add(taps, part, columns, chunk_bytes)
         if advance is not None:

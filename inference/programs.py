@@ -84,7 +84,14 @@ class Programs:
         return terms.log_prior + jacobian, terms.log_likelihood
 
     def _parameters(self, theta: Tensor, x: Tree) -> dict[str, Tensor]:
-        observed = self.terms(theta, x, None).observed
+        return self._described(self.terms(theta, x, None).observed, x)
+
+    def _observed(self, theta: Tensor, x: Tree, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Parameters of the observed distribution, and the log-likelihood per datum, (B,)."""
+        terms = self.terms(theta, x, y)
+        return self._described(terms.observed, x), terms.log_likelihood
+
+    def _described(self, observed: Any, x: Tree) -> dict[str, Tensor]:
         if tuple(observed.batch_shape) != (num_data(x),):
             raise UnsupportedModelError(
                 f"the observed site {self.traced.observed!r} has batch shape {tuple(observed.batch_shape)} at "

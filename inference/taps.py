@@ -21,117 +21,26 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from inference import data
 from inference.layer_blocks import (
     LayerBlock,
     Use,
-    by_datum,
     disjoint_blocks,
     free_index,
     leading_rows,
-    rows_read,
     uses_of,
     without_bias,
 )
 from inference.layers import find_layers
 from inference.programs import Programs
+from inference.tape import Pass, Tape
 from inference.target import Target
 
 # Recording a graph for two data costs more than passing this many through.
 _FEW_DATA = 256
-
-
-class Pass:
-    """Activations of one forward pass, and the backward passes through it.
-
-    Attributes:
-        eta: Unconstrained likelihood parameters, (n, E).
-        params: Parameters of the observed distribution, each (n, ...).
-    """
-
-    def __init__(self, taps: Taps, tape: _Tape, eta: Tensor, params: dict[str, Tensor], skip: int) -> None:
-        self._taps, self._tape, self._eta, self._skip = taps, tape, eta, skip
-        self.eta = eta[skip:] if tape.differentiable else eta[skip:].detach()
-        self.params = {name: value[skip:] for name, value in params.items()}
-
-    def inputs(self, block: LayerBlock) -> Tensor:
-        """What a layer read.
-
-        Args:
-            block: The layer.
-
-        Returns:
-            (n, T, in), or the token ids (n, T) of an embedding.
-        """
-        return _joined([self._read(use)[self._skip :] for use in block.uses])
-
-    def gradients(self, cotangent: Tensor) -> list[Tensor]:
-        r"""Gradients of :math:`\sum_{ne} c_{ne} \eta_{ne}` with respect to the pre-activations.
-
-        Args:
-            cotangent: c, (n, E).
-
-        Returns:
-            For every block, (n, T, out).
-        """
-        if self._skip:
-            cotangent = torch.cat([cotangent.new_zeros(self._skip, cotangent.shape[1]), cotangent])
-        taps, tape = self._taps, self._tape
-        names = list(tape.outputs)
-        if not names:
-            return []
-        found = torch.autograd.grad(
-            self._eta,
-            [tape.outputs[name] for name in names],
-            cotangent,
-            retain_graph=True,
-            create_graph=tape.differentiable,
-            allow_unused=True,
-        )
-        grads = dict(zip(names, found, strict=True))
-        return [
-            _joined([self._written(use, grads[use.layer.node])[self._skip :] for use in block.uses])
-            for block in taps.blocks
-        ]
-
-    def all_gradients(self, columns: Tensor | None = None) -> list[Tensor]:
-        """Gradients for several cotangents, held together.
-
-        Args:
-            columns: Cotangents, (n, E, C); every eta on its own when None.
-
-        Returns:
-            For every block, (n, C, T, out).
-        """
-        if columns is None:
-            unit = torch.eye(self.eta.shape[1], dtype=self.eta.dtype, device=self.eta.device)
-            columns = unit.expand(len(self.eta), *unit.shape)
-        found = [self.gradients(column) for column in columns.unbind(-1)] if self._taps.blocks else []
-        return [_stacked(parts) for parts in zip(*found, strict=True)]
-
-    def _read(self, use: Use) -> Tensor:
-        value, size = self._tape.inputs[use.layer.input], self._eta.shape[0]
-        if use.layer.kind == "embedding":
-            return by_datum(value.reshape(-1, 1), use.after, size)
-        return by_datum(rows_read(value, use), use.after, size)
-
-    def _written(self, use: Use, grad: Tensor | None) -> Tensor:
-        value, size = self._tape.outputs[use.layer.node], self._eta.shape[0]
-        grad = grad if grad is not None else torch.zeros_like(value)
-        if use.layer.kind == "embedding":
-            tokens = self._tape.inputs[use.layer.input]
-            grad = grad * use.layer.weight_scale
-            if use.padding >= 0:
-                grad = grad.masked_fill((tokens == use.padding).unsqueeze(-1), 0.0)
-        rows = leading_rows(grad, use)
-        if use.layer.kind == "conv":
-            rows = grad.flatten(2).mT.chunk(use.groups, -1)[use.group]
-        else:
-            rows = rows.unsqueeze(1)
-        return by_datum(rows, use.after, size)
 
 
 class Taps:
@@ -141,58 +50,77 @@ class Taps:
         target: The model; of a restricted one, only free entries make up blocks.
         theta: Where the layers are checked, (P,).
         x: Inputs of that shape.
+        y: Targets, where the log likelihood is wanted as well.
 
     Attributes:
         blocks: The layers.
         rest: Entries of theta outside all blocks, ascending.
+        family: The likelihood.
+        sloped: Whether layers and rest give the gradient of the log likelihood; not where a factor reads a weight
+            past its layer.
     """
 
-    def __init__(self, target: Target, theta: Tensor, x: data.Tree) -> None:
+    def __init__(self, target: Target, theta: Tensor, x: data.Tree, y: Tensor | None = None) -> None:
         programs, full = target.programs, target.expand(theta)
-        self._captured = programs._get("parameters", programs._parameters, full, x)
-        self._names = sorted(target.family(x).names)
+        if y is None:
+            self._captured = programs._get("parameters", programs._parameters, full, x)
+        else:
+            self._captured = programs._get("observed", programs._observed, full, x, y)
+        self.family = target.family(few(target, x))
+        self._names = sorted(self.family.names)
         layers = find_layers(self._captured.module, target.all_sites)
         nodes = {node.name: node for node in self._captured.module.graph.nodes}
         self.blocks: tuple[LayerBlock, ...] = ()
+        self.sloped = y is not None
         candidates = disjoint_blocks(uses_of(layers, nodes), free_index(target))
-        self.blocks = self._checked(target, theta, x, candidates)
+        self.blocks = self._checked(target, theta, x, y, candidates)
         covered = torch.zeros(target.dim, dtype=torch.bool)
         for block in self.blocks:
             covered[block.positions.reshape(-1)] = True
         self.rest = (~covered).nonzero()[:, 0].to(theta.device)
         self.blocks = tuple(replace(b, positions=b.positions.to(theta.device)) for b in self.blocks)
 
-    def run(self, target: Target, theta: Tensor, x: data.Tree, *, skip: int = 0) -> Pass:
+    def run(self, target: Target, theta: Tensor, x: data.Tree, y: Tensor | None = None, *, skip: int = 0) -> Pass:
         """Run the model forward.
 
         Args:
             target: The model.
-            theta: (P,).
+            theta: (P,); where it requires a gradient, `Pass.slope` can give that of all of it.
             x: Inputs of the recorded shape, (B, ...); where one requires a gradient, so does all that is returned.
+            y: Targets, (B, ...), where the model was recorded with them.
             skip: Leading inputs to leave out of what is returned.
 
         Returns:
             The pass.
         """
-        leaves = pytree.tree_leaves(x)
-        differentiable = any(leaf.requires_grad for leaf in leaves)
+        differentiable = any(leaf.requires_grad for leaf in pytree.tree_leaves(x))
         uses = [use for block in self.blocks for use in block.uses]
-        return self._run(target, target.expand(theta).detach(), x, uses, differentiable, skip)
+        return self._run(target, theta.detach() if y is None else theta, x, y, uses, differentiable, skip)
 
     def _run(
-        self, target: Target, full: Tensor, x: data.Tree, uses: list[Use], differentiable: bool, skip: int = 0
+        self,
+        target: Target,
+        theta: Tensor,
+        x: data.Tree,
+        y: Tensor | None,
+        uses: list[Use],
+        differentiable: bool,
+        skip: int = 0,
     ) -> Pass:
-        tape = _Tape(self._captured.module, uses, differentiable)
+        tape = Tape(self._captured.module, uses, differentiable)
         x = data.map_tree(Tensor.contiguous, x)
         with torch.enable_grad():
-            out = tape.run(full.contiguous(), *pytree.tree_leaves(x))
-            params = dict(zip(self._names, out, strict=True))
-            eta = target.family(x).to_eta(params)
+            full = target.expand(theta).contiguous()
+            out = tape.run(full, *pytree.tree_leaves(x), *([] if y is None else [y.contiguous()]))
+            params = dict(zip(self._names, out, strict=False))
+            eta = self.family.to_eta(params)
         if not differentiable:
             params = {name: value.detach() for name, value in params.items()}
-        return Pass(self, tape, eta, params, skip)
+        return Pass(self.blocks, tape, eta, params, skip, None if y is None else out[-1])
 
-    def _checked(self, target: Target, theta: Tensor, x: data.Tree, blocks: list[LayerBlock]) -> tuple[LayerBlock, ...]:
+    def _checked(
+        self, target: Target, theta: Tensor, x: data.Tree, y: Tensor | None, blocks: list[LayerBlock]
+    ) -> tuple[LayerBlock, ...]:
         """The blocks whose gradient in a random direction is autograd's, with their layouts."""
         if not blocks:
             return ()
@@ -203,13 +131,13 @@ class Taps:
         datum = size // 2
         uses = [use for block in blocks for use in block.uses]
         x = data.map_tree(Tensor.detach, x)
-        probe = self._run(target, target.expand(point), x, uses, False)
-        direction = torch.randn(probe._eta.shape[1], generator=generator, dtype=theta.dtype).to(theta.device)
-        cotangent = torch.zeros_like(probe._eta)
+        probe = self._run(target, point, x, y, uses, False)
+        direction = torch.randn(probe.whole_eta.shape[1], generator=generator, dtype=theta.dtype).to(theta.device)
+        cotangent = torch.zeros_like(probe.whole_eta)
         cotangent[datum] = direction
-        names = list(probe._tape.outputs)
-        values = [point, *(probe._tape.outputs[name] for name in names)]
-        found = torch.autograd.grad(probe._eta, values, cotangent, allow_unused=True)
+        names = list(probe.tape.outputs)
+        values = [point, *(probe.tape.outputs[name] for name in names)]
+        found = torch.autograd.grad(probe.whole_eta, values, cotangent, allow_unused=True, retain_graph=y is not None)
         expected = torch.zeros_like(point) if found[0] is None else found[0]
         grads: dict[str, Tensor | None] = dict(zip(names, found[1:], strict=True))
         kept = []
@@ -219,31 +147,84 @@ class Taps:
                 if laid_out is not None and _agrees(probe, laid_out, grads, expected, datum):
                     kept.append(laid_out)
                     break
+        if y is not None:
+            probe.blocks = tuple(kept)
+            layers, whole = probe.slope(point)
+            whole = torch.zeros_like(point) if whole is None else whole
+            pairs = zip(layers, kept, strict=True)
+            self.sloped = all(_close(found, whole[block.positions.to(whole.device)]) for found, block in pairs)
         return tuple(kept)
 
 
 _TAPS: WeakKeyDictionary[Programs, dict[Any, Taps]] = WeakKeyDictionary()
 
 
-def taps_for(target: Target, theta: Tensor, x: data.Tree) -> Taps:
+def taps_for(target: Target, theta: Tensor, x: data.Tree, y: Tensor | None = None) -> Taps:
     """Taps for inputs of this shape, found and checked on first use.
 
     Args:
         target: The model.
         theta: Where to check them, (P,).
         x: Inputs.
+        y: Targets, where the log likelihood is wanted as well.
 
     Returns:
         The taps.
     """
     cache = _TAPS.setdefault(target.programs, {})
-    key = (data.shapes(x), target.kept, theta.device)
+    key = (data.shapes(x), target.kept, theta.device, y is None)
     if key not in cache:
-        cache[key] = Taps(target, theta, x)
+        cache[key] = Taps(target, theta, x, y)
     return cache[key]
 
 
-def passes(target: Target, theta: Tensor, x: data.Tree, size: int) -> Iterator[tuple[slice, Taps, Pass]]:
+class Slope:
+    """Log likelihood of the training data and its gradient, collected while a curvature passes over them.
+
+    Args:
+        theta: Where, (P,).
+
+    Attributes:
+        theta: Where, (P,).
+        value: Sum over the data, nats.
+        gradient: Gradient of that, (P,), float64; None where no pass was made, or one could not tell it.
+    """
+
+    def __init__(self, theta: Tensor) -> None:
+        self.theta = theta.detach()
+        self.value = 0.0
+        self.gradient: Tensor | None = None
+
+    def pass_over(self, target: Target, x: data.Tree, y: Tensor, skip: int) -> tuple[Taps, Pass]:
+        """Run the model forward over some of the data, and backward once.
+
+        Args:
+            target: The model.
+            x: Inputs, (B, ...).
+            y: Targets, (B, ...).
+            skip: Leading data that were passed over before.
+
+        Returns:
+            The taps and the pass, as `passes` yields them.
+        """
+        taps = taps_for(target, self.theta, x, y)
+        theta = self.theta.clone().requires_grad_() if len(taps.rest) else self.theta
+        done = taps.run(target, theta, x, y, skip=skip)
+        assert done.log_likelihood is not None
+        self.value += float(done.log_likelihood.detach().sum(dtype=torch.float64))
+        if taps.sloped:
+            layers, through = done.slope(theta if len(taps.rest) else None)
+            self.gradient = torch.zeros_like(theta, dtype=torch.float64) if self.gradient is None else self.gradient
+            for block, part in zip(taps.blocks, layers, strict=True):
+                self.gradient[block.positions] += part
+            if through is not None:
+                self.gradient[taps.rest] += through[taps.rest]
+        return taps, done
+
+
+def passes(
+    target: Target, theta: Tensor, x: data.Tree, size: int, slope: Slope | None = None
+) -> Iterator[tuple[slice, Taps, Pass]]:
     """Forward passes over chunks of the inputs, all of one shape: the last chunk is taken full and cut afterwards.
 
     Args:
@@ -251,6 +232,8 @@ def passes(target: Target, theta: Tensor, x: data.Tree, size: int) -> Iterator[t
         theta: (P,).
         x: Inputs, every leaf (N, ...).
         size: Largest chunk.
+        slope: Where to collect the log likelihood and its gradient, should ``x`` be the training inputs and ``theta``
+            the slope's.
 
     Yields:
         The inputs covered, the taps and the pass.
@@ -259,8 +242,12 @@ def passes(target: Target, theta: Tensor, x: data.Tree, size: int) -> Iterator[t
     size = math.ceil(total / math.ceil(total / size))
     for rows, skip in data.full_chunks(total, size):
         part = data.index(x, rows)
-        taps = taps_for(target, theta, part)
-        yield slice(rows.start + skip, rows.stop), taps, taps.run(target, theta, part, skip=skip)
+        if slope is None:
+            taps = taps_for(target, theta, part)
+            done = taps.run(target, theta, part, skip=skip)
+        else:
+            taps, done = slope.pass_over(target, part, target.y[rows], skip)
+        yield slice(rows.start + skip, rows.stop), taps, done
 
 
 def few(target: Target, x: data.Tree) -> data.Tree:
@@ -342,40 +329,6 @@ def floats_per_datum(target: Target, columns: int, matrices: int = 0) -> int:
     return max(1, floats // total)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Places of all uses of a weight, (n, T, width); of a single one, without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
-    """Several (n, T, width) as one (n, C, T, width), copied in the order that they have in memory."""
-    if parts[0].stride(-1) == 1:
-        return torch.stack(parts, 1)
-    return torch.stack([part.mT for part in parts], 1).mT
-
-
-class _Tape(fx.Interpreter):
-    """Runs a graph and keeps what layers read and write."""
-
-    def __init__(self, module: fx.GraphModule, uses: list[Use], differentiable: bool) -> None:
-        super().__init__(module)
-        self.differentiable = differentiable
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self._read = {use.layer.input for use in uses}
-        self._written = {use.layer.node for use in uses}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self._read:
-            self.inputs[n.name] = result if self.differentiable else result.detach()
-        if n.name in self._written:
-            if not result.requires_grad:
-                result.requires_grad_()
-            self.outputs[n.name] = result
-        return result
-
-
 def _laid_out(block: LayerBlock, grads: dict[str, Tensor | None], datum: int, size: int) -> LayerBlock | None:
     """The block with the order of its rows, read off which rows' gradients one datum moves."""
     uses = []
@@ -404,11 +357,16 @@ def _agrees(probe: Pass, block: LayerBlock, grads: dict[str, Tensor | None], exp
     truth = expected[block.positions.to(expected.device)]
     total = torch.zeros_like(truth)
     for use in block.uses:
-        a, g = probe._read(use)[datum], probe._written(use, grads[use.layer.node])[datum]  # (T, in), (T, out)
+        a, g = probe.read(use)[datum], probe.written(use, grads[use.layer.node])[datum]  # (T, in), (T, out)
         if block.kind == "embedding":
             total.index_add_(1, a.reshape(-1), g.mT)
         else:
             total += g.mT @ a
-    scale = truth.abs().max()
-    tolerance = 1e-3 if truth.dtype == torch.float32 else 1e-7
-    return bool((total - truth).abs().max() <= tolerance * scale) and bool(scale.isfinite())
+    return _close(total, truth)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether a gradient is the one expected, up to the rounding of its largest entry."""
+    scale = expected.abs().max()
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-7
+    return bool((found - expected).abs().max() <= tolerance * scale) and bool(scale.isfinite())

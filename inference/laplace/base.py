@@ -19,10 +19,10 @@ from inference.backend import Backend, Run, check_integer
 from inference.curvature import sampled_labels
 from inference.distributions import FlatGaussian
 from inference.errors import ApproximationWarning
-from inference.laplace.mode import Energy, energy_of, find_mode, newton, report_mode
+from inference.laplace.mode import Energy, collected, energy_of, find_mode, newton, report_mode
 from inference.point import MAP
 from inference.posterior import GaussianPosterior
-from inference.taps import few
+from inference.taps import Slope, few
 from inference.target import Target
 
 Notes = list[str]
@@ -89,6 +89,8 @@ class Laplace(Backend):
         self._check_target(target)
         mode = find_mode(target, run, self.start, self.polish_steps)
         energy = energy_of(target, run, compared=self.start is not None)
+        if self.start is None:  # the mode is not moved, and the pass of the curvature can check it
+            run.slope = Slope(mode)
         gaussian, notes = self.refine(target, mode, energy, run)
         for note in notes:
             run.warn(ApproximationWarning, note)
@@ -201,7 +203,7 @@ class Laplace(Backend):
         Returns:
             The log density there, nats.
         """
-        value, gradient = energy(gaussian.loc)
+        value, gradient = collected(target, run) or energy(gaussian.loc)
         decrement = float(gradient @ gaussian.covariance_times(gradient))
         report_mode(run, float(value), gradient, decrement, "covariance and evidence assume a mode")
         return float(value)

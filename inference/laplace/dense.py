@@ -78,7 +78,7 @@ class DenseLaplace(NewtonLaplace):
         with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
             if self.curvature == "ggn":
                 run.count(num_outputs(target, theta, target.x))
-                return curvatures.ggn(target, theta, advance=bar.advance), []
+                return curvatures.ggn(target, theta, advance=bar.advance, slope=run.slope), []
             if self.curvature in ("fisher", "monte_carlo"):
                 run.count(1)
                 y = self._labels(target, theta, run)

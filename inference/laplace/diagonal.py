@@ -75,7 +75,7 @@ class DiagonalLaplace(Laplace):
         with run.bar(target.num_data, f"curvature ({self.curvature})") as bar:
             if self.curvature == "ggn":
                 run.count(num_outputs(target, theta, target.x))
-                return curvatures.ggn_diagonal(target, theta, advance=bar.advance), []
+                return curvatures.ggn_diagonal(target, theta, advance=bar.advance, slope=run.slope), []
             if self.curvature in ("fisher", "monte_carlo"):
                 run.count(1)
                 y = self._labels(target, theta, run)

@@ -154,7 +154,7 @@ class FunctionalLaplace(Laplace):
         with run.bar(active, "curvature (active data)") as bar:
             for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, CHUNK_BYTES)):
                 part = data.index(x, rows)
-                family, jacobian = target.family(part), assembled(target, theta, part, taps, done).double()
+                family, jacobian = taps.family, assembled(target, theta, part, taps, done).double()
                 if self.independent_outputs:
                     fisher = family.fisher(done.params).double()
                     found.append((fisher.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1) * jacobian).transpose(0, 1))

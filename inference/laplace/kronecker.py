@@ -128,6 +128,7 @@ class KroneckerLaplace(NewtonLaplace):
                 labels=self.curvature != "ggn",
                 sharing=self.sharing,
                 advance=bar.advance,
+                slope=run.slope,
             )
 
     def _check_target(self, target: Target) -> None:

@@ -6,6 +6,7 @@ whose curvature is taken and whose integral the evidence approximates.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -82,26 +83,53 @@ def energy_of(target: Target, run: Run, *, compared: bool = True) -> Energy:
         recorded = target.recorded_rows
         reused = _FEWEST_ROWS <= recorded <= size
         return _chunked_energy(precise, run, recorded if reused else even(target.num_data, size))
-    program = precise.log_density_and_grad(1)
+    program = cache(lambda: precise.log_density_and_grad(1))  # recorded if it is called
 
     def energy(theta: Tensor) -> tuple[Tensor, Tensor]:
         run.count(1)
-        value, gradient = program(theta[None].to(precise.dtype))
+        value, gradient = program()(theta[None].to(precise.dtype))
         return value[0], gradient[0].to(theta.dtype)
 
     return energy
 
 
+def collected(target: Target, run: Run) -> tuple[Tensor, Tensor] | None:
+    """Log density and gradient where a curvature collected those of the likelihood, counted as one full gradient.
+
+    Args:
+        target: The (tempered) target.
+        run: Holds the slope.
+
+    Returns:
+        A log density in nats, (), and its gradient, (P,); None where no pass could tell.
+    """
+    slope = run.slope
+    if slope is None or slope.gradient is None:
+        return None
+    run.count(1)
+    prior, gradient = _with_gradient(prior_alone(target), slope.theta)
+    value = prior.double() + slope.value / target.likelihood_temperature
+    gradient = gradient + slope.gradient / target.likelihood_temperature
+    return value / target.temperature, gradient.to(slope.theta.dtype) / target.temperature
+
+
+def _with_gradient(function: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
+    point = theta.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(point)
+        (gradient,) = torch.autograd.grad(value, point)
+    return value.detach(), gradient
+
+
 def _chunked_energy(target: Target, run: Run, size: int) -> Energy:
-    log_prior = prior_alone(target)
+    log_prior = cache(lambda: prior_alone(target))
 
     def energy(theta: Tensor) -> tuple[Tensor, Tensor]:
         run.count(1)
         point = theta.detach().to(target.dtype).requires_grad_()
+        prior, gradient = _with_gradient(log_prior(), point)
+        total = prior.double()
         with torch.enable_grad():
-            prior = log_prior(point)
-            (gradient,) = torch.autograd.grad(prior, point)
-            total = prior.detach().double()
             for rows, skip in data.full_chunks(target.num_data, size):
                 each = target.log_likelihood(point, data.index(target.x, rows), target.y[rows])[skip:]
                 part = each.double().sum() / target.likelihood_temperature

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad_and_value
 
 from inference.jacobians import assembled, eta_and_jacobian
-from inference.taps import passes, taps_for
-from inference.target import compile_target
+from inference.taps import Slope, passes, taps_for
+from inference.target import Target, compile_target
 from tests.cases import X, Y, normal, observe
 from tests.networks import NAMES, N, network
 
@@ -48,6 +50,51 @@ def test_the_last_chunk_is_taken_full_and_cut(name: str) -> None:
     *_, (rows, taps, done) = passes(target, theta, target.x[:5], 3)
     assert rows == slice(3, 5)
     torch.testing.assert_close(assembled(target, theta, target.x[rows], taps, done), expected[rows], **EXACT)
+
+
+def _slope(target: Target, theta: Tensor) -> Slope:
+    slope = Slope(theta)
+    parts = [(rows, done.eta) for rows, _, done in passes(target, theta, target.x, 4, slope)]
+    torch.testing.assert_close(torch.cat([eta for _, eta in parts]), target.eta(theta), **EXACT)
+    return slope
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_collect_the_log_likelihood_and_its_gradient(name: str) -> None:
+    target, theta = network(name)
+    found = _slope(target, theta)
+    gradient, value = grad_and_value(lambda t: target.log_likelihood(t).sum())(theta)
+    assert found.gradient is not None
+    torch.testing.assert_close(found.gradient, gradient, **EXACT)
+    assert found.value == pytest.approx(float(value))
+
+
+def test_masked_and_scaled_data_count_as_the_model_says() -> None:
+    def part(x: Tensor, y: Tensor | None = None) -> None:
+        w, noise = pyro.sample("w", normal(3)), pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.poutine.scale(scale=3.0), pyro.poutine.mask(mask=x[:, 0] > 0):
+            observe(x @ w, noise, y)
+
+    target = compile_target(part, X, Y)
+    theta = torch.linspace(-1, 1, target.dim)
+    found = _slope(target, theta)
+    gradient, value = grad_and_value(lambda t: target.log_likelihood(t).sum())(theta)
+    assert found.gradient is not None
+    torch.testing.assert_close(found.gradient, gradient, **EXACT)
+    assert found.value == pytest.approx(float(value))
+
+
+def test_a_factor_that_reads_a_weight_past_its_layer_is_noticed() -> None:
+    def penalised(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", normal(3))
+        with pyro.plate("data", len(x)):
+            pyro.factor("penalty", -x[:, 0].square() * w.square().sum())
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    target = compile_target(penalised, X, Y)
+    theta = torch.linspace(-1, 1, target.dim)
+    assert [block.name for block in taps_for(target, theta, X).blocks] == ["w"]
+    assert _slope(target, theta).gradient is None
 
 
 def test_a_restricted_target_taps_its_own_entries() -> None:
