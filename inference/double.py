@@ -1,7 +1,7 @@
 """Recorded graphs with float64 in them, where differences of energies matter.
 
 :func:`in_double` is the float64 twin of a float32 target, for finding modes; :func:`with_precise_prior` adds up the
-terms of a log prior in float64 and leaves the rest as it is, for sampling.
+terms of a log prior in float64 and leaves the rest as it is, for sampling; :func:`prior_in_double` is the prior alone.
 
 In float32 a line search ends where rising and falling are rounding error. The model is not run again: its graph is
 replayed with wider numbers. Constants keep the value they have in float32.
@@ -10,6 +10,7 @@ replayed with wider numbers. Constants keep the value they have in float32.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from inference.data import Tree, map_tree
+from inference.hessians import prior_alone, prior_graph
 from inference.programs import Programs
 from inference.target import Target
 
@@ -40,6 +42,22 @@ def in_double(target: Target) -> Target:
         y=_wide(target.y),
         at=None if target.at is None else _wide(target.at),
     )
+
+
+def prior_in_double(target: Target) -> Callable[[Tensor], Tensor]:
+    """The log prior by itself, computed in float64.
+
+    Args:
+        target: The target.
+
+    Returns:
+        Function from theta (P,), float64, to nats, ().
+    """
+    graph = prior_graph(target) if target.dtype == torch.float32 else None
+    if graph is None:
+        return prior_alone(in_double(target))
+    held = replace(target, at=None if target.at is None else _wide(target.at))
+    return lambda theta: _Widened(graph).run(held.expand(theta))
 
 
 class _DoublePrograms(Programs):

@@ -132,24 +132,39 @@ def prior_alone(target: Target) -> Callable[[Tensor], Tensor]:
     Returns:
         Function from theta (P,) to nats, ().
     """
+    graph = prior_graph(target)
+    if graph is None:
+        return target.log_prior
+    return lambda theta: graph(target.expand(theta).contiguous())
+
+
+def prior_graph(target: Target) -> fx.GraphModule | None:
+    """Graph of the log prior, from the full theta, cut out of the recorded joint density.
+
+    Args:
+        target: The compiled model.
+
+    Returns:
+        The graph, or None where the prior reads the data.
+    """
     if target.programs.any_joint() is None:
         x = few(target, target.x)
         theta = torch.zeros(target.dim, dtype=target.dtype, device=target.device)
         try:
             target.programs.joint(target.expand(theta), x, target.y[: data.num_data(x)])
         except UnsupportedModelError:  # a prior that reads all data
-            return target.log_prior
+            return None
     module = target.recorded_any()
     graph = fx.Graph()
     outputs: Any = graph.graph_copy(module.graph, {})
     graph.output(outputs[0])
     graph.eliminate_dead_code()
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if any(node.users for node in inputs[1:]):
-        return target.log_prior
-    prior = fx.GraphModule(module, graph)
-    nothing = [None] * (len(inputs) - 1)
-    return lambda theta: prior(target.expand(theta).contiguous(), *nothing)
+    _, *inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if any(node.users for node in inputs):
+        return None
+    for node in inputs:
+        graph.erase_node(node)
+    return fx.GraphModule(module, graph)
 
 
 _HESSIAN_BATCH = 1024

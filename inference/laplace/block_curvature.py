@@ -113,10 +113,12 @@ class _LayerTerm:
         else:
             inputs, split = factors.inputs / (in_root[:, None] * in_root), len(factors.inputs)
             split -= int(self.weight != self.bias)
-            self._inputs, vectors = torch.linalg.eigh(inputs[:split, :split])
+            if split < len(inputs):
+                self._inputs, vectors = torch.linalg.eigh(inputs[:split, :split])
+                self._mixed, self._own = (vectors.mT @ inputs[:split, split:]).square()[:, 0], inputs[-1, -1]
+            else:
+                self._inputs = torch.linalg.eigvalsh(inputs)
             self._inputs = self._inputs.clamp(min=0)
-            self._mixed = (vectors.mT @ inputs[:split, split:]).square()[:, 0] if split < len(inputs) else None
-            self._own = inputs[-1, -1]
         self._single = split == factors.positions.shape[1]
 
     def log_determinant(self, factors: Tensor, tau: Tensor) -> Tensor:
@@ -126,7 +128,6 @@ class _LayerTerm:
         total = precision.log().sum()
         if self._single:
             return total
-        assert self._mixed is not None
         # Of the bias given the weights: what its column adds beyond them cannot be negative.
         left = (self._own - outputs * (self._mixed / precision).sum(1, keepdim=True)).clamp(min=0)
         return total + (outputs * left + factors[self.bias]).log().sum()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,16 +77,23 @@ class LaplaceEvidence:
             () nats, float64, differentiable in both.
         """
         a, tau = self._arguments(log_precision, log_noise)
-        start, groups = self.groups.start, self.groups
-        free = groups.index < groups.num_groups
-        counts = groups.total(free.double())
-        change = 0.5 * (counts * (a - start)).sum()
-        change = change - 0.5 * (groups.total(groups.base * self.distances) * a.exp()).sum()
-        change = change + 0.5 * groups.total(groups.prior.precision * self.distances).sum()
+        counts, relative, declared = self._sums
+        change = 0.5 * (counts * (a - self.groups.start) - relative * a.exp() + declared).sum()
         if self.noise is not None:
             change = change + 0.5 * self.noise.squares * (1 - tau) + 0.5 * self.noise.count * tau.log()
         volume = 0.5 * len(self.theta) * math.log(2 * math.pi) - 0.5 * self.curvature.log_determinant(a, tau)
         return self.log_density + change + volume
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By group, entries of theta and their squared distances over relative and over declared variances, (G,)."""
+        groups, distances = self.groups, self.distances
+        ones = torch.ones_like(groups.base)
+        return (
+            groups.total(ones),
+            groups.total(groups.base * distances),
+            groups.total(groups.prior.precision * distances),
+        )
 
     def effective_parameters(self, log_precision: Tensor, log_noise: Tensor | None = None) -> tuple[Tensor, float]:
         r"""How many parameters the data determine, :math:`\gamma = \mathrm{tr}((\tau H + A)^{-1} \tau H)`.
@@ -100,8 +108,7 @@ class LaplaceEvidence:
         a, tau = (value.detach().requires_grad_() for value in self._arguments(log_precision, log_noise))
         with torch.enable_grad():
             by_group, by_noise = torch.autograd.grad(self.curvature.log_determinant(a, tau), (a, tau))
-        counts = self.groups.total(torch.ones_like(self.groups.base))
-        return counts - by_group, float(by_noise * tau.detach())
+        return self._sums[0] - by_group, float(by_noise * tau.detach())
 
     def gaussian(self, log_precision: Tensor, log_noise: Tensor | None = None) -> FlatGaussian:
         """The Laplace approximation with these precisions and noise, in the structure of its backend.

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from inference.double import in_double
-from inference.graph import capture
-from inference.hessians import prior_alone
+from inference.double import prior_in_double
 from inference.target import Site, Target
 
 Groups = Literal["all", "site", "weight"]
@@ -205,7 +203,7 @@ def _matching(target: Target, patterns: str | Sequence[str] | None) -> tuple[Sit
 def _derivatives(target: Target, theta: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Gradient of the log prior, and its Hessian's products at theta, in float64."""
     at = theta.detach().double()
-    gradient = grad(capture(prior_alone(in_double(target)), at))
+    gradient = grad(prior_in_double(target))
     pullback = vjp(gradient, at)[1]
     return gradient, lambda tangent: pullback(tangent)[0]
 
