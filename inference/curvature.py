@@ -104,22 +104,28 @@ def ggn_diagonal(
     """
     x = target.x if x is None else x
     total = theta.new_zeros(target.dim, dtype=torch.float64)
+    blocks: tuple[LayerBlock, ...] = ()
+    parts: list[Tensor] = []
     outputs = num_outputs(target, theta, x)
     size = chunk_size(floats_per_datum(target, 2 * outputs, matrices=outputs), theta, chunk_bytes)
     for rows, taps, done in passes(target, theta, x, size, slope):
         part = data.index(x, rows)
         root = taps.family.fisher_root(done.params)
-        for block, gradients in zip(taps.blocks, done.all_gradients(root), strict=True):
-            own = theta.new_zeros(block.positions.shape)
+        blocks = taps.blocks
+        parts = parts or [total.new_zeros(block.positions.shape) for block in blocks]
+        for block, held, gradients in zip(blocks, parts, done.all_gradients(root), strict=True):
+            own = theta.new_zeros(held.shape)
             if gradients.shape[2] == 1:
                 _add_once(own, block, done.inputs(block)[:, 0], gradients[:, :, 0].square().sum(1))
             else:
                 _add_squares(own, block, done.inputs(block), gradients)
-            total[block.positions] += own
+            held += own
         if len(taps.rest):
             _add_rest(total, target, theta, part, taps.rest, root, chunk_bytes)
         if advance is not None:
             advance(rows.stop - rows.start)
+    for block, held in zip(blocks, parts, strict=True):
+        total[block.positions] = held
     return total
 
 
@@ -243,7 +249,7 @@ class _OneLayer:
 
     def __init__(self) -> None:
         self._positions: Tensor | None = None
-        self._blocks = torch.zeros(0)  # (out, out, in, in), the upper triangle of the first two
+        self._rows: list[Tensor] = []  # for every row of the weight, (in, in) with itself and with each row below
 
     def add(self, block: LayerBlock, done: Pass, fisher: Tensor) -> None:
         """Add one chunk."""
@@ -253,19 +259,19 @@ class _OneLayer:
         if self._positions is None:
             out, columns = block.positions.shape
             self._positions = block.positions
-            self._blocks = inputs.new_zeros(out, out, columns, columns)
-        for i in range(len(self._blocks)):
-            for j in range(i, len(self._blocks)):
-                self._blocks[i, j].addmm_(inputs.mT, inputs * between[:, i, j, None])
+            self._rows = [inputs.new_zeros(columns, (out - i) * columns) for i in range(out)]
+        for i, row in enumerate(self._rows):
+            row.addmm_(inputs.mT, (between[:, i, i:].unsqueeze(-1) * inputs.unsqueeze(1)).flatten(1))
 
     def added_to(self, total: Tensor) -> Tensor:
         """Put the blocks where they belong."""
-        if self._positions is not None:
-            for i, rows in enumerate(self._positions):
-                for j, columns in enumerate(self._positions[i:], start=i):
-                    total[rows[:, None], columns] += self._blocks[i, j]
-                    if j > i:
-                        total[columns[:, None], rows] += self._blocks[i, j].mT
+        for i, row in enumerate(self._rows):
+            assert self._positions is not None
+            rows, below = self._positions[i], self._positions[i:]
+            for j, block in enumerate(row.unflatten(1, below.shape).unbind(1)):
+                total[rows[:, None], below[j]] += block
+                if j:
+                    total[below[j][:, None], rows] += block.mT
         return total
 
 

@@ -187,13 +187,25 @@ class Slope:
     Attributes:
         theta: Where, (P,).
         value: Sum over the data, nats.
-        gradient: Gradient of that, (P,), float64; None where no pass was made, or one could not tell it.
     """
 
     def __init__(self, theta: Tensor) -> None:
         self.theta = theta.detach()
         self.value = 0.0
-        self.gradient: Tensor | None = None
+        self._taps: Taps | None = None  # as all chunks are of one shape, the same for all
+        self._layers: list[Tensor] = []
+        self._rest = torch.zeros_like(theta, dtype=torch.float64)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Gradient of `value`, (P,), float64; None where no pass was made, or the layers do not give it."""
+        if self._taps is None or not self._taps.sloped:
+            return None
+        total, rest = torch.zeros_like(self._rest), self._taps.rest
+        for block, part in zip(self._taps.blocks, self._layers, strict=True):
+            total[block.positions] = part
+        total[rest] = self._rest[rest]
+        return total
 
     def pass_over(self, target: Target, x: data.Tree, y: Tensor, skip: int) -> tuple[Taps, Pass]:
         """Run the model forward over some of the data, and backward once.
@@ -212,14 +224,16 @@ class Slope:
         done = taps.run(target, theta, x, y, skip=skip)
         assert done.log_likelihood is not None
         self.value += float(done.log_likelihood.detach().sum(dtype=torch.float64))
+        self._taps = taps
         if taps.sloped:
             layers, through = done.slope(theta if len(taps.rest) else None)
-            self.gradient = torch.zeros_like(theta, dtype=torch.float64) if self.gradient is None else self.gradient
-            for block, part in zip(taps.blocks, layers, strict=True):
-                self.gradient[block.positions] += part
-            if through is not None:
-                self.gradient[taps.rest] += through[taps.rest]
+            self._layers = [part + before for part, before in zip(layers, self._layers or _zeros(taps), strict=True)]
+            self._rest += 0.0 if through is None else through
         return taps, done
+
+
+def _zeros(taps: Taps) -> list[Tensor]:
+    return [torch.zeros(b.positions.shape, dtype=torch.float64, device=b.positions.device) for b in taps.blocks]
 
 
 def passes(
