@@ -64,7 +64,7 @@ def ggn(
     floats = (2 if single else 4 * outputs) * target.dim + floats_per_datum(target, outputs)
     layer = _OneLayer()
     for rows, taps, done in passes(target, theta, x, chunk_size(floats, theta, chunk_bytes), slope):
-        fisher = taps.family.fisher(done.params).double()
+        fisher = target.fisher_family(taps.family, data.index(x, rows)).fisher(done.params).double()
         block = once_used(taps, done) if single else None
         if block is not None:
             layer.add(block, done, fisher)
@@ -110,7 +110,7 @@ def ggn_diagonal(
     size = chunk_size(floats_per_datum(target, 2 * outputs, matrices=outputs), theta, chunk_bytes)
     for rows, taps, done in passes(target, theta, x, size, slope):
         part = data.index(x, rows)
-        root = taps.family.fisher_root(done.params)
+        root = target.fisher_family(taps.family, part).fisher_root(done.params)
         blocks = taps.blocks
         parts = parts or [total.new_zeros(block.positions.shape) for block in blocks]
         for block, held, gradients in zip(blocks, parts, done.all_gradients(root), strict=True):

@@ -123,7 +123,7 @@ def kronecker_curvature(
         if labels:
             columns = score(taps.family, done.eta, done.params, y[rows]).unsqueeze(-1)
         else:
-            columns = taps.family.fisher_root(done.params)
+            columns = target.fisher_family(taps.family, part).fisher_root(done.params)
         _add(found, taps, done, columns, sharing)
         rest.add(taps, part, columns, chunk_bytes)
         if advance is not None:

@@ -66,7 +66,8 @@ class Taps:
             self._captured = programs._get("parameters", programs._parameters, full, x)
         else:
             self._captured = programs._get("observed", programs._observed, full, x, y)
-        self.family = target.family(few(target, x))
+        with torch.no_grad():  # what all targets of these programs have in common: they share the taps
+            self.family = programs.family(theta.new_zeros(()), few(target, x))
         self._names = sorted(self.family.names)
         layers = find_layers(self._captured.module, target.all_sites)
         nodes = {node.name: node for node in self._captured.module.graph.nodes}

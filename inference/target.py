@@ -211,6 +211,18 @@ class Target(Coordinates):
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
             return self.programs.family(zero, self.x if x is None else x)
 
+    def fisher_family(self, family: LikelihoodFamily, x: Tree) -> LikelihoodFamily:
+        """The family whose Fisher information makes up the curvature at some inputs.
+
+        Args:
+            family: The target's own, which it is unless the likelihood is looked at elsewhere.
+            x: The inputs, every leaf (B, ...).
+
+        Returns:
+            The family.
+        """
+        return family
+
     def likelihood(self, theta: Tensor, x: Tree | None = None) -> Any:
         """Distribution of the observed site.
 

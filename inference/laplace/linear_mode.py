@@ -268,12 +268,16 @@ class _AtLinearMode(Target):
     def family(self, x: Tree | None = None) -> LikelihoodFamily:
         """The likelihood, its Fisher information at linearised outputs."""
         assert self.plain is not None
+        x = self.x if x is None else x
+        return self.fisher_family(self.plain.family(x), x)
+
+    def fisher_family(self, family: LikelihoodFamily, x: Tree) -> LikelihoodFamily:
+        """That of the network, its Fisher information at linearised outputs."""
+        assert self.plain is not None
         assert self.points is not None
-        x, plain = self.x if x is None else x, self.plain
-        theta, step = self.points
+        plain, (theta, step) = self.plain, self.points
         eta, pushed = plain.eta(theta, x), jvp(lambda t: plain.eta(t, x), (theta,), (step,))[1]
-        found = plain.family(x)
-        fields: dict[str, Any] = {name: getattr(found, name) for name in found.__dataclass_fields__}
+        fields: dict[str, Any] = {name: getattr(family, name) for name in family.__dataclass_fields__}
         return _MovedFamily(**fields, moved=(eta + pushed).detach())
 
 
@@ -285,5 +289,12 @@ class _MovedFamily(LikelihoodFamily):
 
     def fisher(self, params: dict[str, Tensor]) -> Tensor:
         """(B, E, E) at ``moved``."""
+        return super().fisher(self._moved(params))
+
+    def fisher_root(self, params: dict[str, Tensor]) -> Tensor:
+        """(B, E, C) at ``moved``."""
+        return super().fisher_root(self._moved(params))
+
+    def _moved(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.moved is not None
-        return super().fisher(self.from_eta(self.moved, params))
+        return self.from_eta(self.moved, params)

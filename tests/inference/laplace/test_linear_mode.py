@@ -23,9 +23,10 @@ from inference import (
     tune_at_linear_mode,
     tune_prior,
 )
-from inference.curvature import ggn
+from inference.curvature import ggn, ggn_diagonal
 from inference.errors import ApproximationWarning, ConvergenceWarning
 from inference.jacobians import eta_and_jacobian
+from inference.kronecker import kronecker_curvature
 from inference.laplace.linear_mode import _AtLinearMode, linear_mode
 from inference.linear_model import LinearModel
 from inference.target import Target
@@ -152,6 +153,10 @@ def test_the_curvature_is_taken_at_the_outputs_of_the_linear_mode(model: Any) ->
     moved = _AtLinearMode.of(target, theta, mode)
     torch.testing.assert_close(ggn(moved, theta), expected)
     torch.testing.assert_close(ggn(moved, theta, chunk_bytes=5000), expected)
+    torch.testing.assert_close(ggn_diagonal(moved, theta), expected.diagonal())
+    torch.testing.assert_close(ggn_diagonal(moved, theta, chunk_bytes=5000), expected.diagonal())
+    outputs = kronecker_curvature(moved, theta, chunk_bytes=5000).layers[-1].outputs
+    torch.testing.assert_close(outputs, target.family().fisher(at).sum(0))
     assert not torch.allclose(ggn(target, theta), expected, rtol=1e-3)
 
 
