@@ -75,7 +75,7 @@ def test_contestants_that_are_measured_later_are_added_and_named(record):
     other, again = ours | {"label": "other"}, ours | {"fits": ours["fits"][:1]}
     before = record | {"contestants": [ours, other], "not_run": {ours["label"]: "stopped"}, "note": "Quiet."}
     after = merged(before, record | {"contestants": [again], "note": ""})
-    assert [(c["label"], len(c["fits"])) for c in after["contestants"]] == [("other", 2), ("NUTS, 1 chains", 1)]
+    assert [(c["label"], len(c["fits"])) for c in after["contestants"]] == [("NUTS, 1 chains", 1), ("other", 2)]
     assert after["not_run"] == {}
     assert after["note"] == "Quiet. Measured in a run of their own, not in turn with the others: NUTS, 1 chains."
 

@@ -127,11 +127,12 @@ def merged(record: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     Returns:
         Both, with a note that says which were measured by themselves.
     """
-    labels = [c["label"] for c in later["contestants"]]
-    kept = [c for c in record["contestants"] if c["label"] not in labels]
+    found = {c["label"]: c for c in later["contestants"]}
+    labels = list(found)
+    places = {c["label"]: c for c in record["contestants"]} | found  # namesakes keep their place
     note = f"Measured in a run of their own, not in turn with the others: {'; '.join(labels)}."
     return record | {
-        "contestants": kept + later["contestants"],
+        "contestants": list(places.values()),
         "not_run": {k: v for k, v in record["not_run"].items() if k not in labels} | later["not_run"],
         "note": " ".join(part for part in (record["note"], note if labels else "", later["note"]) if part),
         "seconds": record["seconds"] + later["seconds"],
