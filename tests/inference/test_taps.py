@@ -59,14 +59,18 @@ def _slope(target: Target, theta: Tensor) -> Slope:
     return slope
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_passes_collect_the_log_likelihood_and_its_gradient(name: str) -> None:
-    target, theta = network(name)
+def assert_slope_is_autograds(target: Target, theta: Tensor) -> None:
     found = _slope(target, theta)
     gradient, value = grad_and_value(lambda t: target.log_likelihood(t).sum())(theta)
     assert found.gradient is not None
     torch.testing.assert_close(found.gradient, gradient, **EXACT)
     assert found.value == pytest.approx(float(value))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_collect_the_log_likelihood_and_its_gradient(name: str) -> None:
+    target, theta = network(name)
+    assert_slope_is_autograds(target, theta)
 
 
 def test_masked_and_scaled_data_count_as_the_model_says() -> None:
@@ -77,11 +81,7 @@ def test_masked_and_scaled_data_count_as_the_model_says() -> None:
 
     target = compile_target(part, X, Y)
     theta = torch.linspace(-1, 1, target.dim)
-    found = _slope(target, theta)
-    gradient, value = grad_and_value(lambda t: target.log_likelihood(t).sum())(theta)
-    assert found.gradient is not None
-    torch.testing.assert_close(found.gradient, gradient, **EXACT)
-    assert found.value == pytest.approx(float(value))
+    assert_slope_is_autograds(target, theta)
 
 
 def test_a_factor_that_reads_a_weight_past_its_layer_is_noticed() -> None:
